@@ -1,0 +1,16 @@
+"""Settings every test shares: CPU, strict dtypes, a compilation cache of the suite's own, no hub access."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("TINKER_JAX_HOME", tempfile.mkdtemp(prefix="tinker_jax_tests_"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinker_jax_test_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
