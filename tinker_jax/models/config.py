@@ -76,9 +76,7 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, tied_defaul
     def require(key: str, supported: Any, default: Any) -> None:
         value = cfg.get(key, default)
         if value != supported:
-            raise UnsupportedError(
-                f"config.json: {key}={value!r} is not supported for {model_type}; only {supported!r} is."
-            )
+            raise UnsupportedError(f"config.json: {key}={value!r} is not supported for {model_type}; only {supported!r} is.")
 
     def need(key: str) -> int:
         if cfg.get(key) is None:
@@ -96,9 +94,7 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, tied_defaul
     width, heads = need("hidden_size"), need("num_attention_heads")
     kv_heads = int(cfg.get("num_key_value_heads") or heads)
     if heads % kv_heads:
-        raise BadRequestError(
-            f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}."
-        )
+        raise BadRequestError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}.")
     head_dim = int(cfg.get("head_dim") or width // heads)
     if head_dim % 2:
         raise UnsupportedError(f"config.json: head_dim={head_dim} is odd; rotary embedding needs an even width.")
@@ -136,7 +132,5 @@ def parse(cfg: Mapping[str, Any]) -> DecoderConfig:
     """
     model_type = cfg.get("model_type")
     if model_type not in _FAMILIES:
-        raise UnsupportedError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}."
-        )
+        raise UnsupportedError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}.")
     return _FAMILIES[model_type](cfg)
