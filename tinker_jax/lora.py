@@ -1,0 +1,119 @@
+"""LoRA adapters as plain pytrees.
+
+`{"layers": {"q_proj": {"a": [L, D, R], "b": [L, R, out]}, …}, "lm_head": {"a": [D, R], "b": [R, V]}}`, float32. The model takes
+an adapter as an argument; the base weights never change.
+
+Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+ALPHA = 32.0
+"""Tinker's constant α: an update is scaled by α / rank."""
+
+Adapter = dict[str, Any]
+
+
+class Target(Protocol):
+    """What an adapter must know of a linear (see `tinker_jax.models.weights.LoraTarget`)."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def fan_in(self) -> int: ...
+    @property
+    def fan_out(self) -> int: ...
+    @property
+    def axes(self) -> tuple[str | None, str | None]: ...
+    @property
+    def stacked(self) -> int: ...
+
+
+def scale(rank: int) -> float:
+    """The factor of the low-rank update."""
+    return ALPHA / rank
+
+
+def _build(targets: Sequence[Target], groups: Sequence[str], make: Callable[[Target, str], Any]) -> Adapter:
+    tree: Adapter = {}
+    for target in targets:
+        if target.group in groups:
+            factors = {"a": make(target, "a"), "b": make(target, "b")}
+            (tree.setdefault("layers", {}) if target.stacked else tree)[target.module] = factors
+    return tree
+
+
+def _shape(target: Target, factor: str, rank: int) -> tuple[int, ...]:
+    matrix = (target.fan_in, rank) if factor == "a" else (rank, target.fan_out)
+    return (target.stacked, *matrix) if target.stacked else matrix
+
+
+def abstract(targets: Sequence[Target], rank: int, groups: Sequence[str]) -> Adapter:
+    """The adapter's shapes and dtypes, nothing allocated."""
+    return _build(targets, groups, lambda t, f: jax.ShapeDtypeStruct(_shape(t, f, rank), jnp.float32))
+
+
+def logical_axes(targets: Sequence[Target], groups: Sequence[str]) -> Adapter:
+    """Logical axes of every factor, as tuples; the rank and layer axes are never cut."""
+
+    def axes(target: Target, factor: str) -> tuple[str | None, ...]:
+        matrix = (target.axes[0], None) if factor == "a" else (None, target.axes[1])
+        return (None, *matrix) if target.stacked else matrix
+
+    return _build(targets, groups, axes)
+
+
+def init(key: jax.Array, targets: Sequence[Target], rank: int, groups: Sequence[str]) -> Adapter:
+    """A fresh adapter: `a` uniform in ±1/√fan_in, `b` zero, so that the model starts as its base, bit for bit.
+
+    Each factor's key comes from its module's place in `targets`, so training fewer groups leaves the others' values alone.
+    """
+    index = {t.module: i for i, t in enumerate(targets)}
+
+    def make(target: Target, factor: str) -> jax.Array:
+        shape = _shape(target, factor, rank)
+        if factor == "b":
+            return jnp.zeros(shape, jnp.float32)
+        bound = 1.0 / math.sqrt(target.fan_in)
+        return jax.random.uniform(jax.random.fold_in(key, index[target.module]), shape, jnp.float32, -bound, bound)
+
+    return _build(targets, groups, make)
+
+
+def scaled(adapter: Adapter | None, factor: jax.Array | float) -> Adapter | None:
+    """The adapter with its scale folded into every `b`, as the model's linears expect it."""
+    if adapter is None:
+        return None
+
+    def fold(node: Mapping[str, Any]) -> dict[str, Any]:
+        if "a" in node:
+            return {"a": node["a"], "b": node["b"] * factor}
+        return {name: fold(child) for name, child in node.items()}
+
+    return fold(adapter)
+
+
+def apply(x_MD: jax.Array, factors: Mapping[str, jax.Array]) -> jax.Array:
+    """The low-rank update `(x a) b` of tokens [M, D_in] in x's dtype; `factors` are scaled already."""
+    a, b = factors["a"].astype(x_MD.dtype), factors["b"].astype(x_MD.dtype)
+    return (x_MD @ a) @ b
+
+
+def groups(*, train_attn: bool, train_mlp: bool, train_unembed: bool) -> tuple[str, ...]:
+    """Names of the trained groups from Tinker's three flags."""
+    flags = {"attn": train_attn, "mlp": train_mlp, "unembed": train_unembed}
+    return tuple(name for name, on in flags.items() if on)
+
+
+def count(adapter: Adapter) -> int:
+    """Number of trained parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter))

@@ -1,0 +1,80 @@
+"""Meshes, and the map from logical axes (what a dimension means) to mesh axes (where it is cut).
+
+`data` splits rows of a batch, `fsdp` splits rows and the model width of frozen weights, `tensor` splits heads, feed-forward
+width and vocabulary. GSPMD derives the collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinker_jax.types.errors import BadRequestError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+#: Logical axis → mesh axis. Axes that are absent are replicated.
+RULES: Mapping[str, str | tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(axis_sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over `data × fsdp × tensor`; missing axes have size 1; None is one device.
+
+    Raises:
+        BadRequestError: an unknown axis, or more devices asked for than there are.
+    """
+    sizes = dict(axis_sizes or {})
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise BadRequestError(f"mesh has unknown axis {unknown[0]!r}; known axes are {', '.join(MESH_AXES)}.")
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    devices = list(jax.devices()) if devices is None else list(devices)
+    need = int(np.prod(shape))
+    if need > len(devices):
+        wanted = " × ".join(f"{n}={s}" for n, s in zip(MESH_AXES, shape, strict=True))
+        raise BadRequestError(f"mesh {wanted} needs {need} devices, but only {len(devices)} are visible.")
+    grid = np.asarray(devices[:need]).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(axes: Sequence[str | None]) -> P:
+    """PartitionSpec of logical axes, e.g. `("embed", "heads")` → `P("fsdp", "tensor")`."""
+    return P(*(None if axis is None else RULES.get(axis) for axis in axes))
+
+
+def named(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """Sharding of an array whose dimensions mean `axes`."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device of the mesh."""
+    return NamedSharding(mesh, P())
+
+
+def check_divisible(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:
+    """Refuses a weight that the mesh cannot cut evenly.
+
+    Raises:
+        BadRequestError: names the tensor, its dimension and the mesh axis.
+    """
+    for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        mesh_axes = RULES.get(axis) if axis else None
+        for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+            parts = mesh.shape[mesh_axis]
+            if size % parts:
+                raise BadRequestError(
+                    f"{name}: dimension {dim} ({axis}) has size {size}, which mesh axis {mesh_axis!r} of size {parts} "
+                    f"does not divide; choose a size that divides it."
+                )
