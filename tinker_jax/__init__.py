@@ -71,85 +71,100 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
 
-    __title__: str
     __version__: str
 
+# Everything public that is neither a type nor an error.
 _HOMES = {
-    "tinker_jax.api.admin_client": ["AdminClient"],
-    "tinker_jax.api.custom_loss": ["LossHandle", "PerDatumLossFn"],
-    "tinker_jax.api.futures": ["APIFuture"],
-    "tinker_jax.api.rest_client": ["RestClient"],
-    "tinker_jax.api.sampling_client": ["BackcompatSamplingClientFuture", "SamplingClient"],
-    "tinker_jax.api.service_client": ["ServiceClient"],
-    "tinker_jax.api.training_client": ["BackcompatTrainingClientFuture", "TrainingClient"],
-    "tinker_jax.engine.config": ["EngineConfig"],
-    "tinker_jax.types": [
-        "AdamOptimizerConfig",
-        "AdamParams",
-        "Checkpoint",
-        "CheckpointType",
-        "Datum",
-        "DimuonOptimizerConfig",
-        "DimuonParams",
-        "DmelChunk",
-        "EncodedTextChunk",
-        "ForwardBackwardOutput",
-        "LoraConfig",
-        "ModelID",
-        "ModelInput",
-        "ModelInputChunk",
-        "OptimParams",
-        "OptimStepRequest",
-        "OptimStepResponse",
-        "ParsedCheckpointTinkerPath",
-        "PromptProvenanceSpan",
-        "SampledProvenanceSpan",
-        "SampledSequence",
-        "SampleRequest",
-        "SampleResponse",
-        "SamplingParams",
-        "StopReason",
-        "TensorData",
-        "TensorDtype",
-        "TrainingRun",
-    ],
-    "tinker_jax.types.errors": [
-        "APIConnectionError",
-        "APIError",
-        "APIResponseValidationError",
-        "APIStatusError",
-        "APITimeoutError",
-        "AuthenticationError",
-        "BadRequestError",
-        "BillingError",
-        "ConflictError",
-        "ExperimentalWarning",
-        "InternalServerError",
-        "NotFoundError",
-        "PermissionDeniedError",
-        "RateLimitError",
-        "RequestFailedError",
-        "StorageError",
-        "TinkerError",
-        "UnprocessableEntityError",
-        "UnsupportedError",
-    ],
+    "APIFuture": "tinker_jax.api.futures",
+    "AdminClient": "tinker_jax.api.admin_client",
+    "BackcompatSamplingClientFuture": "tinker_jax.api.sampling_client",
+    "BackcompatTrainingClientFuture": "tinker_jax.api.training_client",
+    "EngineConfig": "tinker_jax.engine.config",
+    "LossHandle": "tinker_jax.api.custom_loss",
+    "PerDatumLossFn": "tinker_jax.api.custom_loss",
+    "RestClient": "tinker_jax.api.rest_client",
+    "SamplingClient": "tinker_jax.api.sampling_client",
+    "ServiceClient": "tinker_jax.api.service_client",
+    "TrainingClient": "tinker_jax.api.training_client",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("checkpoints", "types")
 
-__all__ = [*sorted(_HOME_OF), "__title__", "__version__", *_SUBMODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+__title__ = "tinker_jax"
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIFuture",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AdamOptimizerConfig",
+    "AdamParams",
+    "AdminClient",
+    "AuthenticationError",
+    "BackcompatSamplingClientFuture",
+    "BackcompatTrainingClientFuture",
+    "BadRequestError",
+    "BillingError",
+    "Checkpoint",
+    "CheckpointType",
+    "ConflictError",
+    "Datum",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "DmelChunk",
+    "EncodedTextChunk",
+    "EngineConfig",
+    "ExperimentalWarning",
+    "ForwardBackwardOutput",
+    "InternalServerError",
+    "LoraConfig",
+    "LossHandle",
+    "ModelID",
+    "ModelInput",
+    "ModelInputChunk",
+    "NotFoundError",
+    "OptimParams",
+    "OptimStepRequest",
+    "OptimStepResponse",
+    "ParsedCheckpointTinkerPath",
+    "PerDatumLossFn",
+    "PermissionDeniedError",
+    "PromptProvenanceSpan",
+    "RateLimitError",
+    "RequestFailedError",
+    "RestClient",
+    "SampleRequest",
+    "SampleResponse",
+    "SampledProvenanceSpan",
+    "SampledSequence",
+    "SamplingClient",
+    "SamplingParams",
+    "ServiceClient",
+    "StopReason",
+    "StorageError",
+    "TensorData",
+    "TensorDtype",
+    "TinkerError",
+    "TrainingClient",
+    "TrainingRun",
+    "UnprocessableEntityError",
+    "UnsupportedError",
+    "__title__",
+    "__version__",
+    "checkpoints",
+    "types",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    elif name in _SUBMODULES:
-        value = importlib.import_module(f"tinker_jax.{name}")
-    elif name == "__version__":
+    if name == "__version__":
         value = _version()
-    elif name == "__title__":
-        value = "tinker_jax"
+    elif name in ("checkpoints", "types"):
+        value = importlib.import_module(f"tinker_jax.{name}")
+    elif name in __all__:
+        errors = importlib.import_module("tinker_jax.types.errors")
+        home = errors if hasattr(errors, name) else importlib.import_module(_HOMES.get(name, "tinker_jax.types"))
+        value = getattr(home, name)
     else:
         raise AttributeError(f"module 'tinker_jax' has no attribute {name!r}")
     globals()[name] = value
