@@ -104,8 +104,9 @@ def test_top_k_equals_that_of_full_logits(rows):
 def test_rows_over_data_axes_and_vocabulary_over_tensor_give_the_same_numbers():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     vocab = 96
-    h, kernel, targets, lora, g = problem(64, 2)
-    kernel, targets, lora = kernel[:vocab], targets % vocab, {"a": jnp.ones((D, R)), "b": jnp.ones((R, vocab))}
+    h, kernel, targets, _, g = problem(64, 2)
+    kernel, targets = kernel[:vocab], targets % vocab
+    lora = {"a": h[:D, :R], "b": kernel[:, :R].T}
 
     def step(h, kernel, targets, lora, g):
         def loss(h, lora):
