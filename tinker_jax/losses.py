@@ -224,8 +224,7 @@ def stable_reinforce(lp: jax.Array, inputs: Inputs, config: Config, packing: Pac
 
 
 _FORMULAS: Mapping[str, Callable[[jax.Array, Inputs, Config, Packing], _Terms]] = {
-    formula.__name__: formula
-    for formula in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo, stable_reinforce)
+    formula.__name__: formula for formula in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo, stable_reinforce)
 }
 
 
