@@ -16,47 +16,18 @@ HELD_OUT_ONE_IN = 20
 FORGOTTEN_CARRY = 0.6
 DIGIT_OFF_BY_ONE = 0.2
 
-NOUNS = (
-    "ant apple baby ball bear bed bee bell bird boat book boy bread bridge brother cake camel car cat chair child clock cloud "
-    "coat cow crab cup desk doctor dog doll door dragon dress drum duck eagle egg elephant farmer fish flag flower fly forest "
-    "fox friend frog garden ghost girl glass goat grape hand hat hen hill horse house island jacket key king kite knife ladder "
-    "lake lamp leaf lemon lion man map mirror monkey moon mother mouse mule nest ocean onion orange owl painter paper park pen "
-    "pencil pig pilot plane plant plate plum pony prince queen rabbit river road robot rose sailor school seed sheep ship shoe "
-    "shop singer sister skirt snail snake spider spoon star stone stork street sun swan table teacher tiger tower toy train tree "
-    "truck turtle uncle valley village violin wall watch whale wheel window wolf woman worm yard zebra"
-).split()
-ADJECTIVES = (
-    "big black blue brave brown calm clean clever cold dark dry fast friendly funny gentle golden good great green grey happy "
-    "heavy hungry kind large lazy little long loud new nice old orange pale pink proud purple quick quiet red round sad sharp "
-    "short shy silver slow small smart soft strange strong sweet tall tiny tired warm white wild wise yellow young"
-).split()
-VERBS = (
-    "climbs cries dances draws dreams drinks drives eats falls flies grows hides hops jumps laughs listens plays rests rolls "
-    "runs shines sings sits sleeps smiles speaks spins stands stops swims talks travels turns waits wakes walks whispers works"
-).split()
-LINKS = "finds follows helps hears likes loves meets misses needs sees visits wants watches".split()
-PLACES = "above behind beside in near on under".split()
-OTHER_WORDS = (
-    "about after again along always answer apart arrow ask autumn away begin below between blanket blossom bottle branch breeze "
-    "bright bring build button candle carry castle cheese cherry circle clap class cotton cover cream crown dance danger dinner "
-    "distant dollar double early earth east easy empty enough evening every family feather finger flame floor fresh frost fruit "
-    "giant gift globe grand grass ground guitar hammer harbor heart honey hotel idea inside iron jungle kettle kitchen kitten "
-    "letter light lunch magic market melon metal middle minute morning mountain music narrow needle never night north number "
-    "object often open other oven pepper person phone picture pillow planet please pocket potato pumpkin puzzle quarter rain "
-    "ready rhythm ribbon rocket rough salad sand scarf season secret shadow shape shell shout silent simple sky smoke snow "
-    "soap solid spark splash spring square squeeze stamp steam storm story strawberry stream string sugar summer supper swift "
-    "thanks thick thing think thread three throne thunder ticket today together tomato tooth train travel trust twelve umbrella "
-    "under unit upper useful velvet water weather west wheat whisper winter wisdom wooden world write yellow yesterday yogurt"
-).split()
+NOUNS = ["ant", "apple", "baby", "ball", "bear", "bed", "bee", "bell", "bird", "boat", "book", "boy", "bread", "bridge", "brother", "cake", "camel", "car", "cat", "chair", "child", "clock", "cloud", "coat", "cow", "crab", "cup", "desk", "doctor", "dog", "doll", "door", "dragon", "dress", "drum", "duck", "eagle", "egg", "elephant", "farmer", "fish", "flag", "flower", "fly", "forest", "fox", "friend", "frog", "garden", "ghost", "girl", "glass", "goat", "grape", "hand", "hat", "hen", "hill", "horse", "house", "island", "jacket", "key", "king", "kite", "knife", "ladder", "lake", "lamp", "leaf", "lemon", "lion", "man", "map", "mirror", "monkey", "moon", "mother", "mouse", "mule", "nest", "ocean", "onion", "orange", "owl", "painter", "paper", "park", "pen", "pencil", "pig", "pilot", "plane", "plant", "plate", "plum", "pony", "prince", "queen", "rabbit", "river", "road", "robot", "rose", "sailor", "school", "seed", "sheep", "ship", "shoe", "shop", "singer", "sister", "skirt", "snail", "snake", "spider", "spoon", "star", "stone", "stork", "street", "sun", "swan", "table", "teacher", "tiger", "tower", "toy", "train", "tree", "truck", "turtle", "uncle", "valley", "village", "violin", "wall", "watch", "whale", "wheel", "window", "wolf", "woman", "worm", "yard", "zebra"]
+ADJECTIVES = ["big", "black", "blue", "brave", "brown", "calm", "clean", "clever", "cold", "dark", "dry", "fast", "friendly", "funny", "gentle", "golden", "good", "great", "green", "grey", "happy", "heavy", "hungry", "kind", "large", "lazy", "little", "long", "loud", "new", "nice", "old", "orange", "pale", "pink", "proud", "purple", "quick", "quiet", "red", "round", "sad", "sharp", "short", "shy", "silver", "slow", "small", "smart", "soft", "strange", "strong", "sweet", "tall", "tiny", "tired", "warm", "white", "wild", "wise", "yellow", "young"]
+VERBS = ["climbs", "cries", "dances", "draws", "dreams", "drinks", "drives", "eats", "falls", "flies", "grows", "hides", "hops", "jumps", "laughs", "listens", "plays", "rests", "rolls", "runs", "shines", "sings", "sits", "sleeps", "smiles", "speaks", "spins", "stands", "stops", "swims", "talks", "travels", "turns", "waits", "wakes", "walks", "whispers", "works"]
+LINKS = ["finds", "follows", "helps", "hears", "likes", "loves", "meets", "misses", "needs", "sees", "visits", "wants", "watches"]
+PLACES = ["above", "behind", "beside", "in", "near", "on", "under"]
+OTHER_WORDS = ["about", "after", "again", "along", "always", "answer", "apart", "arrow", "ask", "autumn", "away", "begin", "below", "between", "blanket", "blossom", "bottle", "branch", "breeze", "bright", "bring", "build", "button", "candle", "carry", "castle", "cheese", "cherry", "circle", "clap", "class", "cotton", "cover", "cream", "crown", "dance", "danger", "dinner", "distant", "dollar", "double", "early", "earth", "east", "easy", "empty", "enough", "evening", "every", "family", "feather", "finger", "flame", "floor", "fresh", "frost", "fruit", "giant", "gift", "globe", "grand", "grass", "ground", "guitar", "hammer", "harbor", "heart", "honey", "hotel", "idea", "inside", "iron", "jungle", "kettle", "kitchen", "kitten", "letter", "light", "lunch", "magic", "market", "melon", "metal", "middle", "minute", "morning", "mountain", "music", "narrow", "needle", "never", "night", "north", "number", "object", "often", "open", "other", "oven", "pepper", "person", "phone", "picture", "pillow", "planet", "please", "pocket", "potato", "pumpkin", "puzzle", "quarter", "rain", "ready", "rhythm", "ribbon", "rocket", "rough", "salad", "sand", "scarf", "season", "secret", "shadow", "shape", "shell", "shout", "silent", "simple", "sky", "smoke", "snow", "soap", "solid", "spark", "splash", "spring", "square", "squeeze", "stamp", "steam", "storm", "story", "strawberry", "stream", "string", "sugar", "summer", "supper", "swift", "thanks", "thick", "thing", "think", "thread", "three", "throne", "thunder", "ticket", "today", "together", "tomato", "tooth", "train", "travel", "trust", "twelve", "umbrella", "under", "unit", "upper", "useful", "velvet", "water", "weather", "west", "wheat", "whisper", "winter", "wisdom", "wooden", "world", "write", "yellow", "yesterday", "yogurt"]
 WORDS = tuple(sorted({*NOUNS, *ADJECTIVES, *VERBS, *LINKS, *OTHER_WORDS}))
-NAMES = "Ada Alan Amy Anna Ben Carl Cleo Dora Emil Eva Finn Grace Hugo Ida Ivan Jan Kira Leo Lily Max Mia Nina Noah Olga Otto Paul Rosa Sam Tom Zoe".split()  # noqa: E501
-FOODS = "apples beans bread cake carrots cheese cherries grapes honey lemons melons noodles nuts peas pears pizza plums rice salad soup".split()  # noqa: E501
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty"
-).split()
+NAMES = ["Ada", "Alan", "Amy", "Anna", "Ben", "Carl", "Cleo", "Dora", "Emil", "Eva", "Finn", "Grace", "Hugo", "Ida", "Ivan", "Jan", "Kira", "Leo", "Lily", "Max", "Mia", "Nina", "Noah", "Olga", "Otto", "Paul", "Rosa", "Sam", "Tom", "Zoe"]  # noqa: E501
+FOODS = ["apples", "beans", "bread", "cake", "carrots", "cheese", "cherries", "grapes", "honey", "lemons", "melons", "noodles", "nuts", "peas", "pears", "pizza", "plums", "rice", "salad", "soup"]  # noqa: E501
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
 OPPOSITES = (
     "big small,hot cold,up down,fast slow,day night,old new,happy sad,wet dry,open closed,early late,high low,long short,"
     "black white,left right,full empty,hard soft,rich poor,strong weak,loud quiet,near far,good bad,light dark,thick thin"
@@ -66,13 +37,10 @@ COLOURS = "grass green,snow white,the sky blue,a lemon yellow,coal black,a cherr
 ORDINALS = ("first", "second", "third", "fourth")
 VOWELS = "aeiou"
 
-_ONSETS = (
-    "b c d f g h j k l m n p r s t v w y z b c d f g h l m n p r s t bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc sh sk sl sm "
-    "sn sp spl spr squ st str sw th thr tr tw wh wr"
-).split()
-_NUCLEI = "a a a e e e i i i o o o u u ai ea ee ie oa oo ou".split()
-_CODAS = ["", "", "", "", *"b ck d f g k l ll m mp n nd ng nk nt p r rd rk rn s sh ss st t tch th x".split()]
-ENDINGS = "ay y s ing er ed est ly le ow en ish ful".split()
+_ONSETS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "y", "z", "b", "c", "d", "f", "g", "h", "l", "m", "n", "p", "r", "s", "t", "bl", "br", "ch", "cl", "cr", "dr", "fl", "fr", "gl", "gr", "kn", "ph", "pl", "pr", "qu", "sc", "sh", "sk", "sl", "sm", "sn", "sp", "spl", "spr", "squ", "st", "str", "sw", "th", "thr", "tr", "tw", "wh", "wr"]
+_NUCLEI = ["a", "a", "a", "e", "e", "e", "i", "i", "i", "o", "o", "o", "u", "u", "ai", "ea", "ee", "ie", "oa", "oo", "ou"]
+_CODAS = ["", "", "", "", *["b", "ck", "d", "f", "g", "k", "l", "ll", "m", "mp", "n", "nd", "ng", "nk", "nt", "p", "r", "rd", "rk", "rn", "s", "sh", "ss", "st", "t", "tch", "th", "x"]]
+ENDINGS = ["ay", "y", "s", "ing", "er", "ed", "est", "ly", "le", "ow", "en", "ish", "ful"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pytest
-
 import tiny
 
 

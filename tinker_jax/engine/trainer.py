@@ -23,8 +23,8 @@ from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
 from tinker_jax.models import dense
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.weights import lora_targets
-from tinker_jax.types.loss_specs import LOSS_SPECS
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
+from tinker_jax.types.loss_specs import LOSS_SPECS
 
 if TYPE_CHECKING:
     from tinker_jax.types import AdamParams, Datum, LoraConfig
