@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ def linear_cross_entropy(
     entropy: bool = False,
     tile: int | None = None,
 ) -> LinearCrossEntropyOutput:
-    """Log-softmax over the whole vocabulary at K chosen tokens a row: `log softmax(h @ kernel.T + (h @ a) @ b)[targets]`.
+    """Log-softmax over the whole vocabulary at K chosen tokens a row.
+
+    `logprobs[m, k] = log softmax(h[m] @ kernel.T + (h[m] @ a) @ b)[targets[m, k]]`.
 
     Works through tiles of rows with the full vocabulary each; neither the forward nor the backward pass holds more than
     one tile of logits, which the backward pass computes again. Logits, softmax and all sums are float32. Rows may be
@@ -74,7 +76,8 @@ def linear_cross_entropy(
         raise ValueError(f"targets_MK must hold integers, got {targets_MK.dtype}")
     tiles = xla.plan_tiles(h_MD.shape[0], tile or default_tile(kernel_VD.shape[0]))
     factors = None if lora is None else (lora["a"], lora["b"])
-    return LinearCrossEntropyOutput(*xla.linear_cross_entropy(tiles, entropy, h_MD, kernel_VD, targets_MK, factors))
+    output: Any = xla.linear_cross_entropy(tiles, entropy, h_MD, kernel_VD, targets_MK, factors)
+    return LinearCrossEntropyOutput(*output)
 
 
 def linear_top_k(
