@@ -55,7 +55,7 @@ def load_base(
     check_names(directory, entries, table)
     total = sum(entries[name].nbytes for weight in table for name in hf_names(weight))
     params: dict[str, jax.Array] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {directory.name}", disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {directory.name}", delay=0.5, disable=not progress) as bar:
         for weight in table:
             sharding = shardings[weight.name] if shardings else SingleDeviceSharding(jax.local_devices()[0])
             buffer = _zeros(weight.full_shape, jnp.dtype(dtype), sharding) if weight.stacked else None

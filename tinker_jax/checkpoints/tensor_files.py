@@ -152,7 +152,7 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
         if not (directory / shard).exists():
             lost = [name for name, file in weight_map.items() if file == shard]
             raise NotFoundError(
-                f"shard {shard} of {directory} is missing; it holds {lost[0]!r} and {len(lost) - 1} more tensors."
+                f"{directory} lacks its shard {shard}, which holds {lost[0]!r} and {len(lost) - 1} more tensors."
             )
         entries |= read_header(directory / shard)
     for name, shard in weight_map.items():
