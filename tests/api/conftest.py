@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
+from fake_engine import FakeEngine
 
 import tinker_jax
-from fake_engine import FakeEngine
 from tinker_jax.checkpoints.store import RunRecord, Store
 
 

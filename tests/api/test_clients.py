@@ -324,7 +324,7 @@ def test_bad_sampling_arguments_are_refused_at_the_call(sampling, engines):
         sampling.sample(prompt, 0, params)
     with pytest.raises(ValueError, match="prompt: expected ModelInput, got list"):
         sampling.sample([1], 1, params)
-    with pytest.raises(ValueError, match="target_prompt_logprobs.dtype"):
+    with pytest.raises(ValueError, match=r"target_prompt_logprobs.dtype"):
         sampling.sample(prompt, 1, params, target_prompt_logprobs=tinker_jax.TensorData([[1.0]], "float32"))
     assert calls(engines["base"], "sample") == []
 

@@ -140,5 +140,5 @@ def test_what_needs_an_account_is_refused(rest, name, twin):
         if twin and hasattr(client, f"{name}_async"):
             with pytest.raises(NotImplementedError), pytest.warns(FutureWarning):
                 asyncio.run(getattr(client, f"{name}_async")(*arguments))
-        with pytest.raises(tinker_jax.UnsupportedError, match="cloud account|in process|list_sessions|export_peft"):
+        with pytest.raises(tinker_jax.UnsupportedError, match=r"cloud account|in process|list_sessions|export_peft"):
             method(*arguments)
