@@ -212,7 +212,7 @@ class Trainer:
 
 def model_tokens(datum: Datum) -> np.ndarray:
     """Token ids of a text datum, int32 [N]."""
-    return np.concatenate([np.asarray(chunk.tokens, np.int32) for chunk in datum.model_input.chunks])
+    return np.asarray(datum.model_input.to_ints(), np.int32)
 
 
 def _targets(data: Sequence[Datum]) -> list[np.ndarray]:

@@ -130,7 +130,7 @@ def parse(cfg: Mapping[str, Any]) -> DecoderConfig:
         UnsupportedError: a `model_type` or a value that no family here implements.
         BadRequestError: a value that is missing or impossible.
     """
-    model_type = cfg.get("model_type")
+    model_type = str(cfg.get("model_type"))
     if model_type not in _FAMILIES:
         raise UnsupportedError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}.")
     return _FAMILIES[model_type](cfg)
