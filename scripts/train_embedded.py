@@ -223,9 +223,7 @@ def answers(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, qu
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompts = [
         tokenizer.encode(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
-            )
+            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
         )
         for q in questions
     ]

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Settings every test shares: CPU, strict dtypes, a compilation cache of the suite's own, no hub access."""
 
 import os
@@ -16,7 +17,6 @@ import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pytest
-
 import tiny
 
 

@@ -82,9 +82,7 @@ def test_the_moments_equal_torch_s():
 def test_zero_gradients_change_nothing_at_the_default_eps():
     adapter = to_jax(random_tree(np.random.default_rng(2)))
     zeros = jax.tree.map(jnp.zeros_like, adapter)
-    after, state, metrics = jax.jit(optim.adamw)(
-        adapter, zeros, optim.init(adapter), optim.adam_hyper(grad_clip_norm=1.0)
-    )
+    after, state, metrics = jax.jit(optim.adamw)(adapter, zeros, optim.init(adapter), optim.adam_hyper(grad_clip_norm=1.0))
     jax.tree.map(np.testing.assert_array_equal, after, adapter)
     assert metrics["grad_norm"] == 0 and int(state["count"]) == 1
 

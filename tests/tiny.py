@@ -6,6 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -74,3 +75,23 @@ def save(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, ma
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>", "bos_token": "<|bos|>"})
     )
     return directory
+
+
+def base_params(family: str, tiny_model: transformers.PreTrainedModel) -> tuple:
+    """(config, flat parameter dict as NumPy) of a transformers model, without going through a file."""
+    from tinker_jax.models.config import parse
+    from tinker_jax.models.weights import weights
+
+    cfg = parse(tiny_model.config.to_dict())
+    state = {name: tensor.detach().numpy() for name, tensor in tiny_model.state_dict().items()}
+
+    def read(weight, name):
+        return state[name].T if weight.transpose else state[name]
+
+    params = {}
+    for w in weights(cfg):
+        if w.stacked:
+            params[w.name] = np.stack([read(w, w.hf.format(layer=i)) for i in range(w.stacked)])
+        else:
+            params[w.name] = read(w, w.hf)
+    return cfg, params

@@ -63,7 +63,7 @@ class _Terms(NamedTuple):
     clipped: jax.Array | None = None
 
 
-def complete_config(loss_fn: str, config: Mapping[str, float] | None = None) -> dict[str, np.float32]:
+def default_config(loss_fn: str, config: Mapping[str, float] | None = None) -> dict[str, np.float32]:
     """A loss's whole config: its defaults overlaid with `config`, as float32 scalars that jit traces.
 
     Raises:
@@ -92,7 +92,7 @@ def evaluate(
         logprobs: lp, float32 `[M]`, or `[M, K]` where the loss takes several targets a position.
         inputs: `loss_fn_inputs` packed to the shape of `logprobs`; `target_tokens` is not needed. Optional ones may be
             missing and take the default of the table, or the config value they override position by position.
-        config: scalars as from `complete_config`; traced, so that new values compile nothing.
+        config: scalars as from `default_config`; traced, so that new values compile nothing.
         packing: which positions are real and which sequence they belong to.
         entropy_M: entropy of the model's distribution at each position, for the metric; None leaves it out.
 
@@ -224,8 +224,7 @@ def stable_reinforce(lp: jax.Array, inputs: Inputs, config: Config, packing: Pac
 
 
 _FORMULAS: Mapping[str, Callable[[jax.Array, Inputs, Config, Packing], _Terms]] = {
-    formula.__name__: formula
-    for formula in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo, stable_reinforce)
+    formula.__name__: formula for formula in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo, stable_reinforce)
 }
 
 

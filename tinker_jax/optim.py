@@ -95,7 +95,7 @@ def adamw(
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     norm = optax.global_norm(grads)
     # clip_grad_norm_'s coefficient; optax.clip_by_global_norm has no 1e-6 and would differ.
-    coefficient = jnp.where(hyper.grad_clip_norm > 0, jnp.minimum(1.0, hyper.grad_clip_norm / (norm + 1e-6)), 1.0)
+    coefficient = jnp.where(jnp.greater(hyper.grad_clip_norm, 0), jnp.minimum(1.0, hyper.grad_clip_norm / (norm + 1e-6)), 1.0)
     grads = jax.tree.map(lambda g: g * coefficient, grads)
 
     transform: Any = optax.chain(

@@ -23,8 +23,8 @@ from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
 from tinker_jax.models import dense
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.weights import lora_targets
-from tinker_jax.types.loss_specs import LOSS_SPECS
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
+from tinker_jax.types.loss_specs import LOSS_SPECS
 
 if TYPE_CHECKING:
     from tinker_jax.types import AdamParams, Datum, LoraConfig
@@ -212,7 +212,7 @@ class Trainer:
 
 def model_tokens(datum: Datum) -> np.ndarray:
     """Token ids of a text datum, int32 [N]."""
-    return np.concatenate([np.asarray(chunk.tokens, np.int32) for chunk in datum.model_input.chunks])
+    return np.asarray(datum.model_input.to_ints(), np.int32)
 
 
 def _targets(data: Sequence[Datum]) -> list[np.ndarray]:

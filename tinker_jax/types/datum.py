@@ -130,9 +130,7 @@ def _as_spans(name: str, spans: Any) -> ProvenanceSpans | None:
         return None
     for span in spans:
         if not (looks_like(PromptProvenanceSpan, span) or looks_like(SampledProvenanceSpan, span)):
-            raise TypeError(
-                f"{name}: expected PromptProvenanceSpan or SampledProvenanceSpan, got {type(span).__name__}"
-            )
+            raise TypeError(f"{name}: expected PromptProvenanceSpan or SampledProvenanceSpan, got {type(span).__name__}")
     return [
         coerce(SampledProvenanceSpan if looks_like(SampledProvenanceSpan, span) else PromptProvenanceSpan, span, name)
         for span in spans
@@ -154,9 +152,7 @@ def _as_tensor(key: str, value: Any) -> TensorData:
             return _list_to_tensor(key, value)
     except BadRequestError as error:
         raise BadRequestError(f"{where}: {error.message}") from None
-    raise TypeError(
-        f"{where}: expected TensorData, a torch tensor, a numpy array or a list, got {type(value).__name__}"
-    )
+    raise TypeError(f"{where}: expected TensorData, a torch tensor, a numpy array or a list, got {type(value).__name__}")
 
 
 def _list_to_tensor(key: str, value: list[Any]) -> TensorData:

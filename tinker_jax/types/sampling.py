@@ -151,9 +151,7 @@ def topk_to_lists(topk: TopkLogprobs) -> list[list[tuple[int, float]] | None]:
     used = (topk.token_ids != 0) | (topk.logprobs != np.float32(MASK_LOGPROB))
     counts = np.where(used[:, 0], k - np.argmax(used[:, ::-1], axis=1), 0).tolist()
     ids, logprobs = topk.token_ids.tolist(), topk.logprobs.tolist()
-    return [
-        list(zip(ids[i][:count], logprobs[i][:count], strict=True)) if count else None for i, count in enumerate(counts)
-    ]
+    return [list(zip(ids[i][:count], logprobs[i][:count], strict=True)) if count else None for i, count in enumerate(counts)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,9 +81,7 @@ class TensorData:
     def from_numpy(cls, array: npt.NDArray[Any]) -> TensorData:
         """A dense tensor of `array`: floats become float32, signed integers int64; other kinds are a ValueError."""
         if array.dtype.kind not in "fi":
-            raise BadRequestError(
-                f"Unsupported numpy dtype: {array.dtype}; expected floats or signed integers (cast it first)"
-            )
+            raise BadRequestError(f"Unsupported numpy dtype: {array.dtype}; expected floats or signed integers (cast it first)")
         return cls(array, "float32" if array.dtype.kind == "f" else "int64", shape=list(array.shape))
 
     @classmethod
@@ -168,12 +166,7 @@ def _check_csr(
         raise BadRequestError(f"data: the values of a sparse tensor are one flat list, got {values.ndim} axes")
     pointers, columns = np.asarray(crow, dtype=np.int64), np.asarray(col, dtype=np.int64)
     rows, width = shape
-    if (
-        pointers.shape != (rows + 1,)
-        or pointers[0] != 0
-        or pointers[-1] != values.size
-        or np.any(np.diff(pointers) < 0)
-    ):
+    if pointers.shape != (rows + 1,) or pointers[0] != 0 or pointers[-1] != values.size or np.any(np.diff(pointers) < 0):
         raise BadRequestError(
             f"sparse_crow_indices: expected {rows + 1} ascending pointers from 0 to {values.size}, got {crow}"
         )

@@ -69,9 +69,7 @@ def linear_cross_entropy(
     """
     _check(h_MD, kernel_VD, lora)
     if targets_MK.ndim != 2 or targets_MK.shape[0] != h_MD.shape[0] or targets_MK.shape[1] < 1:
-        raise ValueError(
-            f"targets_MK must be [{h_MD.shape[0]}, K] with K >= 1 like h_MD's rows, got {targets_MK.shape}"
-        )
+        raise ValueError(f"targets_MK must be [{h_MD.shape[0]}, K] with K >= 1 like h_MD's rows, got {targets_MK.shape}")
     if not jnp.issubdtype(targets_MK.dtype, jnp.integer):
         raise ValueError(f"targets_MK must hold integers, got {targets_MK.dtype}")
     tiles = xla.plan_tiles(h_MD.shape[0], tile or default_tile(kernel_VD.shape[0]))
@@ -113,6 +111,4 @@ def _check(h_MD: jax.Array, kernel_VD: jax.Array, lora: Mapping[str, jax.Array] 
         return
     a, b = lora["a"], lora["b"]
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape) != (h_MD.shape[1], (a.shape[1], kernel_VD.shape[0])):
-        raise ValueError(
-            f"expected lora a [{h_MD.shape[1]}, R] and b [R, {kernel_VD.shape[0]}], got {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"expected lora a [{h_MD.shape[1]}, R] and b [R, {kernel_VD.shape[0]}], got {a.shape} and {b.shape}")

@@ -49,9 +49,7 @@ def linear_cross_entropy(
     return logprobs_MK, entropy_M
 
 
-def linear_top_k(
-    tiles: Tiles, h_MD: jax.Array, kernel_VD: jax.Array, k: int, lora: Lora
-) -> tuple[jax.Array, jax.Array]:
+def linear_top_k(tiles: Tiles, h_MD: jax.Array, kernel_VD: jax.Array, k: int, lora: Lora) -> tuple[jax.Array, jax.Array]:
     """`(logprobs [M, k], ids [M, k])` of the likeliest tokens."""
 
     def one_tile(h_mD: jax.Array) -> tuple[jax.Array, jax.Array]:
