@@ -14,7 +14,7 @@ import numpy as np
 
 from tinker_jax import lora
 from tinker_jax.checkpoints.hf_import import load_base
-from tinker_jax.checkpoints.records import RunRecord
+from tinker_jax.checkpoints.records import Kind, RunRecord
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import Store
 from tinker_jax.models.config import DecoderConfig, parse
@@ -66,7 +66,7 @@ def read_config(directory: Path) -> DecoderConfig:
 
 
 def trained(
-    home: Path, base: Path, *, kind: str = "weights", rank: int = 4, groups: Sequence[str] = ALL, name: str = "a"
+    home: Path, base: Path, *, kind: Kind = "weights", rank: int = 4, groups: Sequence[str] = ALL, name: str = "a"
 ) -> str:
     """A checkpoint of a random adapter of `base`, every factor far from its start; returns its tinker:// path."""
     rng = np.random.default_rng(7)

@@ -7,18 +7,21 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import tiny
 import torch
 import transformers
-from checkpoint_cases import ALL, our_logits, trained
+from checkpoint_cases import ALL, our_logits, read_config, trained
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tinker_jax.checkpoints import export_merged, export_peft, export_tinker
+from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
+from tinker_jax.models.weights import weights
 from tinker_jax.types.errors import (
     BadRequestError,
     ConflictError,
@@ -50,6 +53,7 @@ def base(request, checkpoint) -> Path:
     return checkpoint(request.param)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("groups", [ALL, ("attn", "mlp")], ids=["all", "no unembed"])
 def test_peft_loads_the_adapter_and_computes_our_logits(tmp_path, base, groups):
     path = trained(tmp_path / "home", base, groups=groups)
@@ -94,6 +98,9 @@ def test_untouched_tensors_are_bit_equal_and_touched_ones_differ(tmp_path):
         assert after[name].dtype == torch.bfloat16
         changed = any(f"{m}_proj" in name for m in "qkvo") and "self_attn" in name
         assert torch.equal(before[name], after[name]) != changed, name
+    table = weights(read_config(base))
+    one, two = (load_base(d, table, jnp.bfloat16, progress=False) for d in (base, tmp_path / "merged"))
+    assert {name for name in one if not jnp.array_equal(one[name], two[name])} == {f"layers.{m}_proj.kernel" for m in "qkvo"}
 
 
 def test_the_update_is_added_in_float32_and_rounded_once(tmp_path):
@@ -104,10 +111,11 @@ def test_the_update_is_added_in_float32_and_rounded_once(tmp_path):
     adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-    expected = load_file(base / SINGLE_FILE)[f"{name}.weight"].float() + 8.0 * (b @ a)
-    got = load_file(tmp_path / "merged" / SINGLE_FILE)[f"{name}.weight"].float()
-    # Half a unit in the last place of bfloat16 is 2⁻⁹ of the value.
-    torch.testing.assert_close(got, expected, rtol=2**-8.9, atol=1e-6)
+    expected = (load_file(base / SINGLE_FILE)[f"{name}.weight"].float() + 8.0 * (b @ a)).bfloat16()
+    got = load_file(tmp_path / "merged" / SINGLE_FILE)[f"{name}.weight"]
+    # Float32 sums in another order may fall on the other side of a rounding boundary, rarely.
+    assert (got == expected).float().mean() > 0.99
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
 
 
 def test_merging_in_blocks_of_rows_changes_nothing(tmp_path, checkpoint, monkeypatch):
@@ -236,16 +244,16 @@ def test_tinkers_layout_names_the_unembedding_as_tinker_does(tmp_path, checkpoin
     reason="tinker_cookbook is not in the test extra: its dependencies do not resolve on the package index",
 )
 def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint):
-    from tinker_cookbook import weights
+    from tinker_cookbook import weights as cookbook
 
     base = checkpoint("qwen3")
     path = trained(tmp_path / "home", base)
     export_tinker(path, tmp_path / "tinker", home=tmp_path / "home")
     expected = our_logits(tmp_path / "home", path, base, TOKENS)
-    weights.build_lora_adapter(base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "peft"))
+    cookbook.build_lora_adapter(base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "peft"))
     model = peft.PeftModel.from_pretrained(pretrained(base), tmp_path / "peft")
     assert_same_model(torch_logits(model), expected, base)
-    weights.build_hf_model(
+    cookbook.build_hf_model(
         base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "hf"), dtype="float32"
     )
     assert_same_model(torch_logits(pretrained(tmp_path / "hf")), expected, base)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tinker_jax.types.errors import NotFoundError, StorageError, UnsupportedError
 
@@ -179,7 +180,7 @@ class Plan:
     nbytes: int
 
 
-def plan(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Plan:
+def plan(name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Plan:
     """Plan of a float tensor."""
     return Plan(name, _NAMES[np.dtype(dtype)], shape, math.prod(shape) * np.dtype(dtype).itemsize)
 
