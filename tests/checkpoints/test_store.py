@@ -18,30 +18,13 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from checkpoint_cases import RUN, run_record
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tinker_jax.checkpoints import store as store_module
-from tinker_jax.checkpoints.records import RunRecord, parse_path
+from tinker_jax.checkpoints.records import parse_path
 from tinker_jax.checkpoints.store import Store
 from tinker_jax.types.errors import BadRequestError, ConflictError, NotFoundError, StorageError
-
-RUN = "sess-1:train:0"
-
-
-def run_record(run_id: str = RUN, created: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> RunRecord:
-    return RunRecord(
-        run_id=run_id,
-        session_id="sess-1",
-        base_model="tinker-jax/nano",
-        lora_rank=8,
-        train_mlp=True,
-        train_attn=True,
-        train_unembed=False,
-        seed=3,
-        user_metadata={"who": "me"},
-        created=created,
-        last_request_time=created,
-    )
 
 
 def says(text: str):
@@ -108,7 +91,7 @@ def test_a_checkpoint_survives_the_store_that_wrote_it(any_store):
     assert again.size_bytes == len("hello")
     assert again.user_metadata == {"step": "1"} and again.has_optimizer
     assert (again.base_model, again.lora_rank, again.train_unembed) == ("tinker-jax/nano", 8, False)
-    assert again.expires_at - again.time == timedelta(hours=2)
+    assert again.expires_at is not None and again.expires_at - again.time == timedelta(hours=2)
 
 
 def test_runs_are_listed_newest_first(any_store):
@@ -170,9 +153,7 @@ def test_list_filters_by_run_and_sorts_newest_first(any_store, clock):
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "x" * 129, "a b", "ü", "a\n", None, 3]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "x" * 129, "a b", "ü", "a\n", None, 3])
 def test_names_that_are_not_one_plain_component_are_refused(store, name):
     with pytest.raises(BadRequestError, match=r"checkpoint name .* is not allowed; use 1 to 128 letters"):
         store.write(RUN, "weights", name, says("x"), has_optimizer=False)
@@ -261,9 +242,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(store, old):
         says("half")(directory)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(
-        StorageError, match=r"cannot write checkpoint tinker://.*/weights/a in .*: No space left on device"
-    ):
+    with pytest.raises(StorageError, match=r"cannot write checkpoint tinker://.*/weights/a in .*: No space left on device"):
         store.write(RUN, "weights", "a", full, has_optimizer=True, overwrite=True)
     assert leftovers(store) == before
     assert [text_of(r) for r in store.list_checkpoints()] == (["old"] if old else [])
@@ -292,9 +271,7 @@ def test_an_unwritable_home_is_a_storage_error(tmp_path):
 
 
 def test_unsupported_schemes_are_named():
-    with pytest.raises(
-        BadRequestError, match=r"storage 'ftp://x': scheme 'ftp' is not supported; use a directory or gs://"
-    ):
+    with pytest.raises(BadRequestError, match=r"storage 'ftp://x': scheme 'ftp' is not supported; use a directory or gs://"):
         Store("ftp://x")
 
 

@@ -77,8 +77,7 @@ def check_name(name: str) -> None:
     """
     if not is_name(name):
         raise BadRequestError(
-            f"checkpoint name {name!r} is not allowed; "
-            "use 1 to 128 letters, digits, '.', '_' or '-', not beginning with '.'."
+            f"checkpoint name {name!r} is not allowed; use 1 to 128 letters, digits, '.', '_' or '-', not beginning with '.'."
         )
 
 

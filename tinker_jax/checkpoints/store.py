@@ -151,9 +151,7 @@ class Store:
         """
         run = self._read_run(run_id) if is_run_id(run_id) else None
         if run is None:
-            raise NotFoundError(
-                f"run {run_id!r} does not exist in {self.home}.{_suggest(str(run_id), self._run_ids())}"
-            )
+            raise NotFoundError(f"run {run_id!r} does not exist in {self.home}.{_suggest(str(run_id), self._run_ids())}")
         return run
 
     def list_runs(self) -> list[RunRecord]:
@@ -268,9 +266,7 @@ class Store:
         """
         run_id, kind, name = parse_path(path)
         if kind not in kinds:
-            raise BadRequestError(
-                f"{path!r} is a checkpoint of kind {kind!r}; expected kind {' or '.join(map(repr, kinds))}."
-            )
+            raise BadRequestError(f"{path!r} is a checkpoint of kind {kind!r}; expected kind {' or '.join(map(repr, kinds))}.")
         pointer = self._read_pointer(run_id, kind, name)
         if pointer is None:
             if self._read_run(run_id) is None:
@@ -410,9 +406,7 @@ class Store:
 
     def _pointer_names(self, run_id: str, kind: Kind) -> list[str]:
         names = (
-            name.removesuffix(".json")
-            for name in self._names(self._run_directory(run_id) / kind)
-            if name.endswith(".json")
+            name.removesuffix(".json") for name in self._names(self._run_directory(run_id) / kind) if name.endswith(".json")
         )
         return [name for name in names if is_name(name)]
 
@@ -435,8 +429,7 @@ class Store:
     def _refuse_taken(self, run_id: str, kind: Kind, name: str) -> None:
         if self._read_pointer(run_id, kind, name) is not None:
             raise ConflictError(
-                f"checkpoint 'tinker://{run_id}/{kind}/{name}' exists already; "
-                "choose another name or pass overwrite=True."
+                f"checkpoint 'tinker://{run_id}/{kind}/{name}' exists already; choose another name or pass overwrite=True."
             )
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +52,22 @@ class Worker:
         name: of the thread.
         start: runs first, on the thread; when it raises, every request fails with that error.
         background: does a slice of work and says whether more is left; called between requests while it says so.
+        context: entered on the thread around everything.
     """
 
-    def __init__(self, name: str, start: Callable[[], None], background: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], None],
+        background: Callable[[], bool],
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self._wake = threading.Condition()
         self._queue: collections.deque[_Request] = collections.deque()
         self._held: set[Hashable] = set()
         self._busy = False
         self._closing = False
-        self._start, self._background = start, background
+        self._start, self._background, self._context = start, background, context
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -102,10 +110,14 @@ class Worker:
             self._thread.join(timeout)
 
     def _main(self) -> None:
-        try:
-            self._start()
-        except BaseException as error:
-            self._failure = _typed(error, "loading the model")
+        with self._context():
+            try:
+                self._start()
+            except BaseException as error:
+                self._failure = _typed(error, "loading the model")
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 while (request := self._pop()) is None and not self._busy and not self._closing:

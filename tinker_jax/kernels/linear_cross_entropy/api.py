@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ def linear_cross_entropy(
     entropy: bool = False,
     tile: int | None = None,
 ) -> LinearCrossEntropyOutput:
-    """Log-softmax over the whole vocabulary at K chosen tokens a row: `log softmax(h @ kernel.T + (h @ a) @ b)[targets]`.
+    """Log-softmax over the whole vocabulary at K chosen tokens a row.
+
+    `logprobs[m, k] = log softmax(h[m] @ kernel.T + (h[m] @ a) @ b)[targets[m, k]]`.
 
     Works through tiles of rows with the full vocabulary each; neither the forward nor the backward pass holds more than
     one tile of logits, which the backward pass computes again. Logits, softmax and all sums are float32. Rows may be
@@ -67,14 +69,13 @@ def linear_cross_entropy(
     """
     _check(h_MD, kernel_VD, lora)
     if targets_MK.ndim != 2 or targets_MK.shape[0] != h_MD.shape[0] or targets_MK.shape[1] < 1:
-        raise ValueError(
-            f"targets_MK must be [{h_MD.shape[0]}, K] with K >= 1 like h_MD's rows, got {targets_MK.shape}"
-        )
+        raise ValueError(f"targets_MK must be [{h_MD.shape[0]}, K] with K >= 1 like h_MD's rows, got {targets_MK.shape}")
     if not jnp.issubdtype(targets_MK.dtype, jnp.integer):
         raise ValueError(f"targets_MK must hold integers, got {targets_MK.dtype}")
     tiles = xla.plan_tiles(h_MD.shape[0], tile or default_tile(kernel_VD.shape[0]))
     factors = None if lora is None else (lora["a"], lora["b"])
-    return LinearCrossEntropyOutput(*xla.linear_cross_entropy(tiles, entropy, h_MD, kernel_VD, targets_MK, factors))
+    output: Any = xla.linear_cross_entropy(tiles, entropy, h_MD, kernel_VD, targets_MK, factors)
+    return LinearCrossEntropyOutput(*output)
 
 
 def linear_top_k(
@@ -110,6 +111,4 @@ def _check(h_MD: jax.Array, kernel_VD: jax.Array, lora: Mapping[str, jax.Array] 
         return
     a, b = lora["a"], lora["b"]
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape) != (h_MD.shape[1], (a.shape[1], kernel_VD.shape[0])):
-        raise ValueError(
-            f"expected lora a [{h_MD.shape[1]}, R] and b [R, {kernel_VD.shape[0]}], got {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"expected lora a [{h_MD.shape[1]}, R] and b [R, {kernel_VD.shape[0]}], got {a.shape} and {b.shape}")

@@ -49,9 +49,7 @@ def linear_cross_entropy(
     return logprobs_MK, entropy_M
 
 
-def linear_top_k(
-    tiles: Tiles, h_MD: jax.Array, kernel_VD: jax.Array, k: int, lora: Lora
-) -> tuple[jax.Array, jax.Array]:
+def linear_top_k(tiles: Tiles, h_MD: jax.Array, kernel_VD: jax.Array, k: int, lora: Lora) -> tuple[jax.Array, jax.Array]:
     """`(logprobs [M, k], ids [M, k])` of the likeliest tokens."""
 
     def one_tile(h_mD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +69,8 @@ def _forward(
         logprobs_mK = jnp.take_along_axis(logits_mV, targets_mK, axis=-1, mode="clip") - lse_m[:, None]
         entropy_m = None
         if entropy:
-            entropy_m = lse_m - jnp.sum(jnp.exp(logits_mV - lse_m[:, None]) * logits_mV, axis=-1)
+            logp_mV = logits_mV - lse_m[:, None]  # before the sum: lse − Σ p·logits would cancel
+            entropy_m = -jnp.sum(jnp.exp(logp_mV) * logp_mV, axis=-1)
         return logprobs_mK, entropy_m, lse_m
 
     return _map_tiles(tiles, one_tile, h_MD, targets_MK)

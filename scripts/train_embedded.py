@@ -1,0 +1,308 @@
+"""Trains the embedded model `tinker-jax/tiny-qwen3` from nothing: tokenizer, weights, held-out scores, model card.
+
+    python scripts/train_embedded.py                    # writes tinker_jax/embedded/tiny-qwen3
+    python scripts/train_embedded.py --steps 200 --out out/trial
+
+All text comes from `embedded_corpus.py`; one seed fixes corpus, initial weights and batches. Matrices are trained with Muon
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), everything else with Adam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import embedded_corpus as corpus
+import embedded_tokenizer
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
+
+from tinker_jax.models.config import parse
+from tinker_jax.models.dense import Cache, Decoder, unembedding
+from tinker_jax.models.weights import weights
+
+OUT = Path(__file__).parents[1] / "tinker_jax" / "embedded" / "tiny-qwen3"
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 192,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "max_position_embeddings": 1024,
+    "model_type": "qwen3",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 384,
+}
+CFG = parse(CONFIG)
+MUON_RATE, ADAM_RATE, MOMENTUM = 0.02, 3e-3, 0.95
+WARMUP, DECAY = 100, 0.5  # steps; share of the run in which the rate falls linearly to zero
+ASK_WEIGHT = 0.1  # of tokens that the user says: mostly noise, yet the model should be able to write them
+SCORED_ITEMS = 100
+
+
+class Batch(NamedTuple):
+    """Packed rows, int32 [B, T] each; `weights` [B, T] float32 belongs to the predicted token."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_for_corpus(seed: int) -> PreTrainedTokenizerFast:
+    sample = itertools.islice(corpus.texts(seed), 20_000)
+    lines = (m["content"] for text in sample if not isinstance(text, str) for m in text)
+    return embedded_tokenizer.build(
+        itertools.chain(lines, ["user", "assistant", "system"] * 100_000),
+        vocab_size=CFG.V,
+        spell_out=(*corpus.WORDS, *corpus.ENDINGS, *corpus.NAMES, *corpus.FOODS, *corpus.DAYS, *corpus.MONTHS),
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, text: str | list[dict[str, str]]) -> tuple[list[int], list[float]]:
+    """Tokens of a document or of a rendered conversation, and the weight of predicting each."""
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if isinstance(text, str):
+        tokens = encode(text)
+        return [*tokens, end], [0.5] * (len(tokens) + 1)
+    tokens, weight = [], []
+    for message in text:
+        head, body = encode(f"<|im_start|>{message['role']}\n"), encode(message["content"] + "<|im_end|>")
+        tokens += [*head, *body, *encode("\n")]
+        said = 1.0 if message["role"] == "assistant" else ASK_WEIGHT
+        weight += [*[ASK_WEIGHT] * len(head), *[said] * len(body), ASK_WEIGHT]
+    return [*tokens, end], [*weight, ASK_WEIGHT]
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int) -> Iterator[Batch]:
+    """First-fit packing of the corpus into rows; a batch goes out when a text fits into none of them."""
+
+    def empty() -> tuple[Batch, list[int], list[int]]:
+        shape = (rows, length)
+        ints = [np.zeros(shape, np.int32) for _ in range(4)]
+        return Batch(ints[0], ints[1], np.zeros(shape, np.float32), ints[2], ints[3]), [0] * rows, [0] * rows
+
+    batch, used, count = empty()
+    for text in corpus.texts(seed):
+        tokens, weight = (x[: length + 1] for x in tokenize(tokenizer, text))
+        n = len(tokens) - 1
+        row = next((r for r in range(rows) if used[r] + n <= length), None)
+        if row is None:
+            yield batch
+            batch, used, count = empty()
+            row = 0
+        at = slice(used[row], used[row] + n)
+        count[row] += 1
+        batch.tokens[row, at], batch.targets[row, at], batch.weights[row, at] = tokens[:-1], tokens[1:], weight[1:]
+        batch.positions[row, at], batch.segments[row, at] = np.arange(n), count[row]
+        used[row] += n
+
+
+# --- training -----------------------------------------------------------------------------------------------------------------
+
+
+def init_params(seed: int) -> dict[str, jax.Array]:
+    """Matrices normal with std 1/√fan_in, those that write to the residual stream zero, norms one."""
+    params = {}
+    for i, w in enumerate(weights(CFG)):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        if w.name.endswith("scale"):
+            params[w.name] = jnp.ones(w.full_shape)
+        elif w.module in ("o_proj", "down_proj"):
+            params[w.name] = jnp.zeros(w.full_shape)
+        else:
+            std = 0.02 if w.module == "embed" else w.shape[0] ** -0.5
+            params[w.name] = std * jax.random.normal(key, w.full_shape)
+    return params
+
+
+def loss_fn(params: dict[str, jax.Array], batch: Batch) -> jax.Array:
+    """Weighted mean cross entropy."""
+    hidden, _ = Decoder(CFG, params).forward(batch.tokens, batch.positions, batch.segments)
+    logits = hidden @ unembedding(CFG, params).T
+    picked = jnp.take_along_axis(logits, batch.targets.reshape(-1, 1), axis=-1)[:, 0]
+    weight = batch.weights.reshape(-1)
+    return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked)) / jnp.sum(weight)
+
+
+def orthogonalised(g_LIO: jax.Array) -> jax.Array:
+    """The nearest (semi-)orthogonal matrix of each layer's, by five quintic Newton–Schulz steps."""
+    tall = g_LIO.shape[1] > g_LIO.shape[2]
+    x = g_LIO.swapaxes(1, 2) if tall else g_LIO
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.swapaxes(1, 2)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.swapaxes(1, 2) if tall else x
+
+
+def muon() -> optax.GradientTransformation:
+    """Nesterov momentum, orthogonalised, scaled so that the update's root mean square does not depend on the matrix's shape."""
+
+    def step(update: jax.Array) -> jax.Array:
+        fan_in, fan_out = update.shape[1:]
+        return orthogonalised(update) * max(1.0, fan_out / fan_in) ** 0.5
+
+    return optax.chain(
+        optax.trace(MOMENTUM, nesterov=True),
+        optax.stateless(lambda updates, params: jax.tree.map(step, updates)),
+    )
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    def rate(peak: float) -> optax.Schedule:
+        def at(count: jax.Array) -> jax.Array:
+            return peak * jnp.minimum(1.0, jnp.minimum((count + 1) / WARMUP, (steps - count) / (DECAY * steps)))
+
+        return at
+
+    label = {w.name: "muon" if w.stacked and len(w.shape) == 2 else "adam" for w in weights(CFG)}
+    return optax.partition(
+        {
+            "muon": optax.chain(muon(), optax.scale_by_learning_rate(rate(MUON_RATE))),
+            "adam": optax.adam(rate(ADAM_RATE), b1=0.9, b2=0.95),
+        },
+        label,
+    )
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="new")
+def greedy(params: dict[str, jax.Array], tokens_SP: jax.Array, lengths_S: jax.Array, new: int) -> jax.Array:
+    """The `new` most likely tokens after right-padded prompts, int32 [S, new]."""
+    model, head = Decoder(CFG, params), unembedding(CFG, params)
+    S, P = tokens_SP.shape
+    at = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None], (S, P))
+    hidden, cache = model.forward(tokens_SP, at, jnp.ones((S, P), jnp.int32), keep_cache=True)
+    assert cache is not None
+    cache = Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, new), (0, 0), (0, 0))) for x in cache))
+    first = jnp.argmax(hidden.reshape(S, P, -1)[jnp.arange(S), lengths_S - 1] @ head.T, axis=-1).astype(jnp.int32)
+
+    def step(carry, _):
+        token, position, cache = carry
+        hidden, cache = model.decode(token, position, cache)
+        following = jnp.argmax(hidden @ head.T, axis=-1).astype(jnp.int32)
+        return (following, position + 1, cache), token
+
+    _, out = jax.lax.scan(step, (first, lengths_S.astype(jnp.int32), cache), None, length=new)
+    return out.T
+
+
+def answers(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]) -> list[str]:
+    """Greedy answers of the chat model."""
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompts = [
+        tokenizer.encode(
+            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        )
+        for q in questions
+    ]
+    found, rows = [], 128
+    for start in range(0, len(prompts), rows):
+        chunk = prompts[start : start + rows]
+        tokens = np.zeros((rows, 96), np.int32)
+        lengths = np.ones(rows, np.int32)
+        for r, prompt in enumerate(chunk):
+            tokens[r, : len(prompt)], lengths[r] = prompt, len(prompt)
+        for out in np.asarray(greedy(params, tokens, lengths, 48))[: len(chunk)].tolist():
+            found.append(tokenizer.decode(out[: out.index(stop)] if stop in out else out))
+    return found
+
+
+def scores(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, items: int) -> dict[str, tuple[int, float]]:
+    """Exact match of greedy answers on held-out items: task → (number of items, share right)."""
+    sets = {n: corpus.held_out_set(n, items, seed=0) for n in corpus.TASKS if n not in corpus.UNSCORED}
+    said = iter(answers(params, tokenizer, [e.question for s in sets.values() for e in s]))
+    return {n: (len(s), float(np.mean([next(said) == e.answer for e in s]))) for n, s in sets.items()}
+
+
+# --- files --------------------------------------------------------------------------------------------------------------------
+
+
+def save(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A Hugging Face directory in bfloat16, without the card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for w in weights(CFG):
+        value = np.asarray(params[w.name].astype(jnp.bfloat16))
+        for layer, matrix in enumerate(value if w.stacked else [value]):
+            tensors[w.hf.format(layer=layer)] = np.ascontiguousarray(matrix.T if w.transpose else matrix)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    embedded_tokenizer.save(tokenizer, folder)
+    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+    for name, content in (
+        ("config.json", CONFIG | ids),
+        ("generation_config.json", {"do_sample": True, "eos_token_id": [end, pad], "pad_token_id": pad, "temperature": 1.0}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=16, help="rows in a batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+
+    begun = time.time()
+    tokenizer = tokenizer_for_corpus(args.seed)
+    params = init_params(args.seed)
+    opt = optimizer(args.steps)
+    state = opt.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = opt.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    print(f"{sum(p.size for p in params.values()):,} parameters, {args.steps} steps of {args.rows} x {args.length}", flush=True)
+    losses, seen = [], 0
+    for i, batch in enumerate(itertools.islice(batches(tokenizer, args.seed + 1, args.rows, args.length), args.steps), 1):
+        params, state, loss = step(params, state, batch)
+        losses.append(float(loss))
+        seen += int((batch.segments > 0).sum())
+        if i % 50 == 0 or i == args.steps:
+            elapsed = time.time() - begun
+            print(f"step {i}  loss {np.mean(losses[-50:]):.4f}  {seen / elapsed:,.0f} tokens/s  {elapsed:.0f} s", flush=True)
+        if i % 500 == 0 or i == args.steps:
+            save(params, tokenizer, args.out)
+            print({n: round(s, 2) for n, (_, s) in scores(params, tokenizer, 32).items()}, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
