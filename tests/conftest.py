@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Settings every test shares: CPU, strict dtypes, a compilation cache of the suite's own, no hub access."""
 
 import os

@@ -91,7 +91,7 @@ def test_a_checkpoint_survives_the_store_that_wrote_it(any_store):
     assert again.size_bytes == len("hello")
     assert again.user_metadata == {"step": "1"} and again.has_optimizer
     assert (again.base_model, again.lora_rank, again.train_unembed) == ("tinker-jax/nano", 8, False)
-    assert again.expires_at - again.time == timedelta(hours=2)
+    assert again.expires_at is not None and again.expires_at - again.time == timedelta(hours=2)
 
 
 def test_runs_are_listed_newest_first(any_store):

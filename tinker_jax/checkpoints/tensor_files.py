@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tinker_jax.types.errors import NotFoundError, StorageError, UnsupportedError
 
@@ -47,20 +48,28 @@ class TensorEntry:
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    def read(self) -> np.ndarray:
-        """The tensor in host memory, in its stored dtype.
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The dtype on disk.
 
         Raises:
-            UnsupportedError: stored in a dtype other than F32, F16, BF16.
-            StorageError: the file cannot be read.
+            UnsupportedError: other than F32, F16, BF16.
         """
         if self.dtype not in DTYPES:
             raise UnsupportedError(
                 f"tensor {self.name!r} in {self.file} is stored as {self.dtype}; supported are {', '.join(DTYPES)}. "
                 "Use the model's bf16 checkpoint."
             )
-        dtype = DTYPES[self.dtype]
-        return np.frombuffer(self.read_bytes(), dtype).reshape(self.shape)
+        return DTYPES[self.dtype]
+
+    def read(self) -> np.ndarray:
+        """The tensor in host memory, in its stored dtype.
+
+        Raises:
+            UnsupportedError: as `stored_dtype`.
+            StorageError: the file cannot be read.
+        """
+        return np.frombuffer(self.read_bytes(), self.stored_dtype).reshape(self.shape)
 
     def read_bytes(self) -> bytes:
         """The tensor's bytes as stored, whatever the dtype."""
@@ -171,7 +180,7 @@ class Plan:
     nbytes: int
 
 
-def plan(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Plan:
+def plan(name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Plan:
     """Plan of a float tensor."""
     return Plan(name, _NAMES[np.dtype(dtype)], shape, math.prod(shape) * np.dtype(dtype).itemsize)
 

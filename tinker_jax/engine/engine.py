@@ -6,6 +6,7 @@ Every public method queues a request and returns a `concurrent.futures.Future` a
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import json
 import logging
@@ -157,7 +158,7 @@ class Engine:
         )
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
         logger.info(
-            "loaded %s (%s, %.3g M parameters, %s, mesh %s) in %.1f s; micro-batches of %d tokens, remat %s, %.3g GiB for the cache",
+            "loaded %s (%s, %.3g M parameters, %s, mesh %s) in %.1f s; micro-batches of %d tokens, remat %s, cache %.3g GiB",
             self.base_model,
             cfg.model_type,
             sum(x.size for x in params.values()) / 1e6,
@@ -213,10 +214,8 @@ class Engine:
             self._adapters.pop(name, None)
             self._samplers.pop(name, None)
 
-        try:
+        with contextlib.suppress(RuntimeError):  # closed already, which freed everything
             self._worker.submit(name, run)
-        except RuntimeError:  # closed already, which freed everything
-            pass
 
     def _adapter(self, model_id: str) -> AdapterState:
         try:
