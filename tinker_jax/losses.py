@@ -12,7 +12,7 @@ an infinite ratio times zero never turns into NaN. Beyond the clamp (e^60 ≈ 1e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def evaluate(
     return LossOutput(per_token_loss, jax.tree.map(sg, metrics))
 
 
-def combine_metrics(parts: Iterable[Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
+def combine_metrics(parts: Iterable[Mapping[str, tuple[SupportsFloat, SupportsFloat]]]) -> dict[str, float]:
     """Join the metrics of the micro-batches of one call: `{"name:reduction": float}`, summed in float64.
 
     A mean, minimum or maximum over no position at all does not exist and is left out.

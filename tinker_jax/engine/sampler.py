@@ -127,9 +127,8 @@ class Sampler:
         if self._budget.fit(None, 1, len(ask.prompt), ask.need, scratch) is None:
             want = self._budget.bytes(CacheShape(1, self._budget.capacity(ask.need))) + scratch
             raise BadRequestError(
-                f"A prompt of {len(ask.prompt)} tokens with max_tokens={ask.max_tokens} needs {want:,} bytes of key/value "
-                f"cache, but the engine has {self._budget.limit:,}; lower max_tokens, shorten the prompt or give the engine more "
-                "memory."
+                f"A prompt of {len(ask.prompt)} tokens with max_tokens={ask.max_tokens} needs {want:,} bytes of key/value cache, "
+                f"but the engine has {self._budget.limit:,}; lower max_tokens, shorten the prompt or give the engine more memory."
             )
         return ask
 
@@ -244,13 +243,14 @@ class Sampler:
         return shape, admitted
 
     def _start(self, jobs: list[_Job]) -> None:
-        """Seats requests and prefills their prompts, those of one length and one kind together."""
+        """Seats requests and prefills the new prompts, those of one length and one kind together."""
         slots = self._batch.slots
         groups: dict[Any, list[_Job]] = {}
         for job in jobs:
-            if not (free := slots.free[: job.pending]):
-                break
-            self._seat(job, free)
+            if job.samples:
+                self._continue(job)
+                continue
+            self._seat(job, slots.free[: job.pending])
             if len(job.ask.prompt) == 1:
                 job.prompt_fields = nothing_to_score(job.ask)
             else:
