@@ -3,12 +3,13 @@ from __future__ import annotations
 import sys
 import types as python_types
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
+from fake_engine import FakeEngine
 
 import tinker_jax
-from fake_engine import FakeEngine
-from tinker_jax.api.session import Session
+from tinker_jax.checkpoints.store import RunRecord, Store
 
 
 class Engines(dict):
@@ -56,5 +57,18 @@ def sampling(service: tinker_jax.ServiceClient) -> tinker_jax.SamplingClient:
 
 
 @pytest.fixture
-def session(service: tinker_jax.ServiceClient) -> Session:
-    return service._session
+def stored(tmp_path) -> Store:
+    """A run with a checkpoint of each kind named `a`, as another process would have left them."""
+    store, now = Store(tmp_path), datetime.now(UTC)
+    metadata = {"renderer_name": "r"}
+    store.create_run(RunRecord("old:train:0", "old", "base", 4, True, True, False, None, metadata, now, now))
+    for kind in ("weights", "sampler_weights"):
+        store.write(
+            "old:train:0",
+            kind,
+            "a",
+            lambda directory: (directory / "data").write_text("x"),
+            has_optimizer=kind == "weights",
+            user_metadata={"k": kind},
+        )
+    return store

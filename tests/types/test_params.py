@@ -101,7 +101,7 @@ def test_adam_params_of_the_sdk_become_ours():
     assert as_optim_params(tinker.DimuonParams(learning_rate=0.1)) == types.DimuonParams(learning_rate=0.1)
     with pytest.raises(TypeError, match="expected AdamParams or DimuonParams, got dict"):
         as_optim_params({"learning_rate": 0.1})
-    with pytest.raises(BadRequestError, match="AdamParams.eps"):
+    with pytest.raises(BadRequestError, match=r"AdamParams.eps"):
         as_optim_params(tinker.AdamParams(eps=NAN))
 
 
@@ -164,7 +164,7 @@ def test_sample_requests_check_what_needs_no_model():
     ],
 )
 def test_paths_that_are_not_tinker_paths_are_refused(path):
-    with pytest.raises(BadRequestError, match="Invalid tinker path: .*expected tinker://<run>/"):
+    with pytest.raises(BadRequestError, match=r"Invalid tinker path: .*expected tinker://<run>/"):
         types.ParsedCheckpointTinkerPath.from_tinker_path(path)
 
 

@@ -82,7 +82,7 @@ def test_bfloat16_widens_to_float32():
 def test_dtypes_the_sdk_refuses_are_refused(array):
     with pytest.raises(ValueError):
         tinker.TensorData.from_numpy(array)
-    with pytest.raises(BadRequestError, match="Unsupported numpy dtype: .*cast it first"):
+    with pytest.raises(BadRequestError, match=r"Unsupported numpy dtype: .*cast it first"):
         TensorData.from_numpy(array)
 
 
