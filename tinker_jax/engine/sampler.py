@@ -127,8 +127,8 @@ class Sampler:
         if self._budget.fit(None, 1, len(ask.prompt), ask.need, scratch) is None:
             want = self._budget.bytes(CacheShape(1, self._budget.capacity(ask.need))) + scratch
             raise BadRequestError(
-                f"A prompt of {len(ask.prompt)} tokens with max_tokens={ask.max_tokens} needs {want:,} bytes of key/value cache, "
-                f"but the engine has {self._budget.limit:,}; lower max_tokens, shorten the prompt or give the engine more memory."
+                f"A prompt of {len(ask.prompt)} tokens with max_tokens={ask.max_tokens} needs {want:,} bytes of key/value "
+                f"cache, but the engine has {self._budget.limit:,}; lower max_tokens, shorten the prompt or give it more memory."
             )
         return ask
 
