@@ -362,12 +362,15 @@ def test_a_damaged_record_is_named_and_does_not_hide_the_others(store, caplog):
     record = store.write(RUN, "weights", "a", says("x"), has_optimizer=True)
     store.write(RUN, "weights", "b", says("x"), has_optimizer=True)
     pointer = Path(store.home) / "runs" / RUN / "weights" / "a.json"
-    for damage in ("{", "[]", json.dumps({"data": "x"})):
+    good = json.loads(pointer.read_text())
+    wrong = [{"data": "x"}, good | {"data": "../../.."}, good | {"expires_at": "soon"}, good | {"time": 3}, good | {"more": 1}]
+    for damage in ("{", "[]", *map(json.dumps, wrong)):
         pointer.write_text(damage)
         with pytest.raises(StorageError, match=r"a\.json is damaged"):
             store.get(record.path)
         assert [r.name for r in store.list_checkpoints()] == ["b"]
         assert "a.json is damaged" in caplog.text
+        store.write(RUN, "weights", "b", says("x"), has_optimizer=True, overwrite=True)
 
 
 def test_metadata_must_be_strings(store):

@@ -294,6 +294,36 @@ def test_many_threads_train_and_sample_at_once(engine):
         np.testing.assert_array_equal(s, scores[0])
 
 
+def test_a_mesh_trains_samples_and_resumes_like_one_device(engine, checkpoint, tmp_path):
+    meshed = Engine(
+        str(checkpoint("qwen3")), EngineConfig(mesh={"data": 2, "fsdp": 2, "tensor": 2}, home=engine.config.home, memory=1 << 30)
+    )
+    runs = []
+    for runner, name in ((engine, "single:train:0"), (meshed, "meshed:train:0")):
+        make_run(runner, name)
+        runner.create_adapter(name, LORA)
+        train(runner, name, 2)
+        runner.snapshot(name, name).result(120)
+        request = SampleRequest(
+            prompt=ModelInput.from_ints([9, 8, 7, 6]),
+            sampling_params=SamplingParams(max_tokens=12, seed=5, stop=[]),
+            num_samples=3,
+            prompt_logprobs=True,
+        )
+        drawn = runner.sample(name, request).result(120)
+        runs.append((score(runner, name), drawn))
+    (single_score, single), (meshed_score, meshed_drawn) = runs
+    np.testing.assert_allclose(meshed_score, single_score, atol=1e-4)
+    np.testing.assert_allclose(meshed_drawn.prompt_logprobs[1:], single.prompt_logprobs[1:], atol=1e-4)
+    for a, b in zip(single.sequences, meshed_drawn.sequences, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    path = engine.save_state("single:train:0", "single:train:0", "moves").result(120)
+    meshed.load_adapter("moved", path, with_optimizer=True, create=True)
+    np.testing.assert_allclose(score(meshed, "moved"), single_score, atol=1e-4)
+    meshed.close()
+
+
 def test_release_forgets_an_adapter_after_what_is_queued(engine):
     engine.create_adapter("gone", LORA)
     queued = engine.forward_backward("gone", data(), "cross_entropy", None, backward=False)

@@ -168,19 +168,18 @@ def test_top_k_targets_equal_separate_single_targets():
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_top_k_targets_of_different_width_share_a_batch():
+def test_targets_of_different_width_share_a_batch():
     rng = np.random.default_rng(0)
     run = trainer()
     state = run.new_adapter(LoraConfig(rank=4), 0)
-    data = [
-        Datum(
-            ModelInput.from_ints([1, 2, 3]),
-            {"target_tokens": rng.integers(0, 9, (3, k)), "weights": np.ones((3, k), np.float32)},
-        )
-        for k in (2, 5)
-    ]
-    logprobs, _ = run.forward_backward(state, data, "cross_entropy", None, backward=False)
-    assert [lp.shape for lp in logprobs] == [(3, 2), (3, 5)]
+    shapes = [(3, 2), (3, 5), (3,)]  # none with weights: each of its targets then weighs 1, and no padding column does
+    data = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": rng.integers(0, 9, shape)}) for shape in shapes]
+    logprobs, metrics = run.forward_backward(state, data, "cross_entropy", None, backward=False)
+    assert [lp.shape for lp in logprobs] == shapes
+    alone = [run.forward_backward(state, [d], "cross_entropy", None, backward=False) for d in data]
+    for lp, ((expected,), _) in zip(logprobs, alone, strict=True):
+        np.testing.assert_allclose(lp, expected, atol=1e-6)
+    assert metrics["loss:sum"] == pytest.approx(sum(m["loss:sum"] for _, m in alone), rel=1e-5)
 
 
 def test_gradients_accumulate_until_the_step_and_are_zero_after():

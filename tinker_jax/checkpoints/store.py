@@ -185,7 +185,7 @@ class Store:
         run_id: str,
         kind: Kind,
         name: str,
-        writer: Callable[[epath.Path], None],
+        writer: Callable[[epath.Path], object],
         *,
         has_optimizer: bool,
         overwrite: bool = False,
@@ -381,11 +381,19 @@ class Store:
         return run
 
     def _read_pointer(self, run_id: str, kind: str, name: str, *, expired: bool = False) -> dict[str, Any] | None:
-        pointer = self._read_json(self._pointer(run_id, kind, name))
+        file = self._pointer(run_id, kind, name)
+        pointer = self._read_json(file)
         if pointer is None:
             return None
-        expires_at = _time(pointer.get("expires_at"))
-        return None if not expired and expires_at is not None and expires_at <= _now() else pointer
+        try:
+            # What it names gets removed one day, so it must not lead out of the data directory.
+            if not is_name(pointer["data"]):
+                raise ValueError(f"data is {pointer['data']!r}")
+            expires_at = _time(pointer["expires_at"])
+            gone = expires_at is not None and expires_at <= _now()
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(file, repr(error)) from error
+        return None if gone and not expired else pointer
 
     def _record(self, run_id: str, kind: Kind, name: str, pointer: Mapping[str, Any]) -> CheckpointRecord:
         file = self._pointer(run_id, kind, name)

@@ -18,7 +18,7 @@ from tinker_jax import optim, sharding
 from tinker_jax.engine.memory import Plan
 from tinker_jax.engine.packing import MicroBatch, pack, unpack
 from tinker_jax.engine.programs import Program
-from tinker_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
 from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
 from tinker_jax.models import dense
 from tinker_jax.models.config import DecoderConfig
@@ -63,7 +63,7 @@ class Trainer:
     def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: jax.sharding.Mesh, plan: Plan) -> None:
         self._cfg, self._params, self._mesh, self._plan = cfg, params, mesh, plan
         self._targets = lora_targets(cfg)
-        self._rows = sharding.named(mesh, ("rows", None))
+        self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         static = ("loss_fn", "backward")
         self._step = Program(self._step_fn, "train_step", static=static, donate=(2,))
         self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(0,))
@@ -127,7 +127,7 @@ class Trainer:
             tokens,
             loss_inputs(data, loss_fn, values),
             token_budget=self._plan.token_budget,
-            row_multiple=self._mesh.shape["data"] * self._mesh.shape["fsdp"],
+            row_multiple=self._row_shards,
         )
         scale = jnp.float32(state.scale)
         grads = jax.tree.map(jnp.zeros_like, state.params) if backward else None
@@ -148,7 +148,7 @@ class Trainer:
             outputs.append(output)
         host = jax.device_get(outputs)  # one transfer, and the only wait
         logprobs = unpack(batches, [lp for lp, _ in host], len(data))
-        logprobs = [lp[:, : k.shape[1]] if k.ndim == 2 else lp for lp, k in zip(logprobs, _targets(data), strict=True)]
+        logprobs = [_like(lp, datum.loss_fn_inputs["target_tokens"].shape) for lp, datum in zip(logprobs, data, strict=True)]
         metrics = combine_metrics([raw for _, raw in host])
         if backward:
             shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
@@ -171,12 +171,21 @@ class Trainer:
             factors = lora_lib.scaled(adapter, scale)
             decoder = dense.Decoder(cfg, params)
             h_MD, _ = decoder.forward(tokens, positions, segments, factors, remat=self._plan.remat)
+            # Gathered over `fsdp` once, or every tile would gather it again.
+            kernel_VD = jax.lax.with_sharding_constraint(
+                dense.unembedding(cfg, params), sharding.named(self._mesh, ("vocab", None))
+            )
             head = linear_cross_entropy(
-                h_MD, dense.unembedding(cfg, params), targets.reshape(B * T, -1), lora=factors.get("lm_head")
+                h_MD,
+                kernel_VD,
+                targets.reshape(B * T, -1),
+                lora=factors.get("lm_head"),
+                entropy=loss_fn != "cross_entropy",
+                tile=default_tile(cfg.V) * self._row_shards,
             )
             logprobs = head.logprobs_MK.reshape(targets.shape)
             packing = Packing(segments.reshape(B * T) > 0, sequences.reshape(B * T), B * T)
-            out = evaluate(loss_fn, logprobs, flat, config, packing)
+            out = evaluate(loss_fn, logprobs, flat, config, packing, head.entropy_M)
             return jnp.sum(out.per_token_loss), (logprobs.reshape((B, T, *targets.shape[1:])), out.metrics)
 
         if not backward:
@@ -215,14 +224,18 @@ def model_tokens(datum: Datum) -> np.ndarray:
     return np.asarray(datum.model_input.to_ints(), np.int32)
 
 
-def _targets(data: Sequence[Datum]) -> list[np.ndarray]:
-    return [datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in data]
+def _like(logprobs: np.ndarray, shape: Sequence[int] | None) -> np.ndarray:
+    """What a datum of a mixed batch asked for: [N] or its own K columns."""
+    if logprobs.ndim == 1 or shape is None:
+        return logprobs
+    return logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]
 
 
 def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
     """What the loss reads of each datum, every datum with the same keys.
 
-    An optional input that some data give is filled in for the others; one that none gives is left to the loss.
+    An optional input that some data give is filled in for the others; one that none gives is left to the loss. When any datum
+    has K targets a position, all become [N, K], each with weights, because columns that pad a narrower one must weigh nothing.
 
     Args:
         data: checked data.
@@ -230,6 +243,9 @@ def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) 
         config: complete configuration of the loss, whose values stand in for inputs of the same name.
     """
     given = set().union(*(datum.loss_fn_inputs for datum in data))
+    wide = any(datum.loss_fn_inputs["target_tokens"].to_numpy().ndim == 2 for datum in data)
+    if wide:
+        given.add("weights")
     out = []
     for datum in data:
         arrays = {}
@@ -241,7 +257,7 @@ def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) 
                 arrays[key] = datum.loss_fn_inputs[key].to_numpy().astype(np.float32)
             elif key in given:
                 arrays[key] = np.full(targets.shape, config[key] if declared.default is None else declared.default, np.float32)
-        out.append(arrays)
+        out.append({key: x[:, None] if wide and x.ndim == 1 else x for key, x in arrays.items()})
     return out
 
 
