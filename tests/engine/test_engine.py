@@ -3,7 +3,9 @@
 import gc
 import logging
 import threading
+import time
 import uuid
+import weakref
 
 import numpy as np
 import pytest
@@ -359,3 +361,19 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
     assert sum(m.startswith("compiled train_step rows=1 length=64 rank=4") for m in messages) == 1
     assert sum(m.startswith("wrote tinker://log:train:0/weights/a") for m in messages) == 1
     gc.collect()
+
+
+def test_closing_ends_what_is_under_way_and_frees_the_weights(checkpoint, tmp_path):
+    engine = Engine(str(checkpoint("llama")), EngineConfig(home=tmp_path))
+    engine.create_adapter("a", LORA)
+    engine.snapshot("a", "s").result(120)
+    request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(stop=[]), num_samples=4)
+    sampling = [engine.sample("s", request) for _ in range(3)]
+    while not engine._sampler.live_slots:
+        time.sleep(0.01)
+    weights = [*engine._params.values(), *engine._adapters["a"].params["lm_head"].values()]
+    alive = [weakref.ref(x) for x in weights]
+    del weights
+    engine.close()
+    assert all(future.cancelled() or future.result(0) for future in sampling)
+    assert not [ref for ref in alive if ref() is not None]

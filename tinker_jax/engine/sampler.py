@@ -146,6 +146,13 @@ class Sampler:
             self._batch.release()  # an idle sampler leaves the memory to training
         return busy
 
+    def close(self) -> None:
+        """Cancels every request and gives the memory back."""
+        for job in self._jobs():
+            job.future.cancel()
+        self._discard(self._jobs())
+        self._batch.release()
+
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
