@@ -141,17 +141,19 @@ class Trainer:
                 self._params,
                 device_batch,
                 values,
-                shape=_shape(batch, state.lora.rank),
+                shape=_shape(batch, state.lora),
                 loss_fn=loss_fn,
                 backward=backward,
             )
             outputs.append(output)
         host = jax.device_get(outputs)  # one transfer, and the only wait
         logprobs = unpack(batches, [lp for lp, _ in host], len(data))
-        logprobs = [_like(lp, datum.loss_fn_inputs["target_tokens"].shape) for lp, datum in zip(logprobs, data, strict=True)]
+        logprobs = [
+            _like(lp, datum.loss_fn_inputs["target_tokens"].to_numpy()) for lp, datum in zip(logprobs, data, strict=True)
+        ]
         metrics = combine_metrics([raw for _, raw in host])
         if backward:
-            shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
+            shape = _adapter_shape(state.lora)
             state.grads = grads if state.grads is None else self._add(state.grads, grads, shape=shape)
         return logprobs, metrics
 
@@ -206,7 +208,7 @@ class Trainer:
         if state.grads is None:
             raise BadRequestError("optim_step without gradients: call forward_backward first.")
         hyper = optim.adam_hyper(**{name: getattr(params, name) for name in optim.AdamHyper._fields})
-        shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
+        shape = _adapter_shape(state.lora)
         new, opt, metrics = self._update(state.params, state.grads, state.opt, hyper, shape=shape)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         state.grads = None
@@ -224,11 +226,11 @@ def model_tokens(datum: Datum) -> np.ndarray:
     return np.asarray(datum.model_input.to_ints(), np.int32)
 
 
-def _like(logprobs: np.ndarray, shape: Sequence[int] | None) -> np.ndarray:
+def _like(logprobs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """What a datum of a mixed batch asked for: [N] or its own K columns."""
-    if logprobs.ndim == 1 or shape is None:
+    if logprobs.ndim == 1:
         return logprobs
-    return logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]
+    return logprobs[:, 0] if targets.ndim == 1 else logprobs[:, : targets.shape[1]]
 
 
 def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
@@ -271,7 +273,11 @@ def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
     }
 
 
-def _shape(batch: MicroBatch, rank: int) -> str:
+def _adapter_shape(lora: LoraConfig) -> str:
+    return f"rank={lora.rank} {'+'.join(groups(lora))}"
+
+
+def _shape(batch: MicroBatch, lora: LoraConfig) -> str:
     B, T = batch.tokens.shape
     wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
-    return f"rows={B} length={T} rank={rank}{wide}"
+    return f"rows={B} length={T} {_adapter_shape(lora)}{wide}"
