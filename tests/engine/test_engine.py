@@ -7,6 +7,7 @@ import time
 import uuid
 import weakref
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -156,8 +157,11 @@ def test_sampling_does_not_change_training(engine):
 def test_adapters_of_one_base_do_not_touch_each_other(engine, model_id):
     other = "other:train:0"
     engine.create_adapter(other, LORA)
+    train(engine, other, 1)
     before = score(engine, other)
     train(engine, model_id, 2)
+    engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True)
+    engine.optim_step(model_id, AdamParams(learning_rate=0.1, weight_decay=0.5))
     np.testing.assert_array_equal(score(engine, other), before)
 
 
@@ -270,6 +274,39 @@ def test_a_custom_loss_gives_the_gradients_of_the_built_in_one(engine, model_id)
     assert loss == pytest.approx(plain.result(120).metrics["loss:sum"], rel=1e-5) and metrics == {"mine": 1.0}
     assert output.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
     assert custom_step.result(120).metrics["grad_norm:mean"] == plain_step.result(120).metrics["grad_norm:mean"]
+
+
+def test_a_bfloat16_engine_trains_in_float32_and_reports_float32_logprobs(checkpoint, tmp_path):
+    engine = Engine(str(checkpoint("qwen3")), EngineConfig(home=tmp_path, dtype="bfloat16"))
+    engine.create_adapter("low", LORA)
+    batch, losses = data(1), []
+    for _ in range(12):
+        out = engine.forward_backward("low", batch, "cross_entropy", None, backward=True)
+        engine.optim_step("low", STEP)
+        losses.append(out.result(120).metrics["loss:sum"])
+    assert losses[-1] < 0.7 * losses[0]
+    state = engine._adapters["low"]
+    assert {x.dtype.name for x in engine._params.values()} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves((state.params, state.opt["mu"], state.opt["nu"]))} == {"float32"}
+
+    tokens = data(5, (200,))[0].model_input.to_ints()
+    engine.snapshot("low", "low-sampler")
+
+    def trainer(tokens):
+        datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
+        out = engine.forward_backward("low", [datum], "cross_entropy", None, backward=False).result(120)
+        return out.loss_fn_outputs[0]["logprobs"].to_numpy()
+
+    scores = trainer(tokens)
+    assert len(set(scores.tolist())) > 0.9 * len(scores)  # bfloat16 would leave a few dozen values
+    np.testing.assert_allclose(prompt_logprobs(engine, "low-sampler", tokens), scores, atol=1e-5)
+    request = SampleRequest(
+        prompt=ModelInput.from_ints(tokens[:30]), sampling_params=SamplingParams(max_tokens=40, stop=[], seed=1)
+    )
+    (drawn,) = engine.sample("low-sampler", request).result(120).sequences
+    gap = np.asarray(drawn.logprobs) - trainer(tokens[:30] + drawn.tokens)[29:]
+    assert np.sqrt(np.mean(gap**2)) < 0.05
+    engine.close()
 
 
 def test_many_threads_train_and_sample_at_once(engine):

@@ -139,7 +139,7 @@ class Engine:
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
         params = load_base(directory, table, dtype, shardings)
         budget = self.config.memory or memory.device_bytes()
-        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.size)
+        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape)
         self._params = params
         self._store = Store(self.config.home)
         self._trainer = Trainer(cfg, params, mesh, plan)
