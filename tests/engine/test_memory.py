@@ -30,7 +30,7 @@ def test_a_mesh_that_cuts_the_weights_leaves_each_device_more():
     alone = plan(QWEN3_8B, 2, 30 << 30)
     for mesh in ({"fsdp": 8}, {"tensor": 8}):
         shared = plan(QWEN3_8B, 2, 30 << 30, mesh)
-        assert shared.kv_bytes > 2 * alone.kv_bytes
+        assert shared.kv_bytes > 1.8 * alone.kv_bytes
     assert (alone.remat, plan(QWEN3_8B, 2, 30 << 30, {"fsdp": 8}).remat) == ("full", "none")
 
 
