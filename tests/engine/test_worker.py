@@ -224,6 +224,15 @@ def test_a_failed_start_ends_the_thread_and_lets_go_of_what_it_had_loaded():
         worker.submit("a", lambda: 1).result(5)
 
 
+def test_a_forked_process_is_told_that_the_thread_is_not_there(worker, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: -1)
+        with pytest.raises(RuntimeError, match="forked from the one that runs the engine"):
+            worker.submit("a", lambda: 1)
+        worker.close()  # at the child's exit; the parent's worker is none of its business
+    assert worker.submit("a", lambda: 7).result(5) == 7
+
+
 def test_a_custom_loss_that_would_begin_after_close_is_refused():
     worker = Worker("test", lambda: None, lambda: False)
     gate, ran = threading.Event(), []
