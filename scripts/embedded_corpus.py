@@ -1,8 +1,9 @@
 """The text that trains the embedded model: generated tasks, chats and simple English, all from one seed.
 
-A task is a function `(rng, slips) -> Exchange`. Items whose key hashes into the held-out twentieth never appear in training, so
-that the scores in the model card are of unseen items. Sums of two-digit numbers carry deliberate slips in training (a forgotten carry,
-a digit off by one): the model learns to be unsure of them, which leaves reinforcement learning something to improve.
+A task is a function `(rng, slips) -> Exchange`. Items whose key hashes into the held-out twentieth never appear in
+training, so that the scores in the model card are of unseen items. Sums of two-digit numbers carry deliberate slips in
+training (a forgotten carry, a digit off by one): the model learns to be unsure of them, which leaves reinforcement
+learning something to improve.
 """
 
 from __future__ import annotations
@@ -16,63 +17,81 @@ HELD_OUT_ONE_IN = 20
 FORGOTTEN_CARRY = 0.6
 DIGIT_OFF_BY_ONE = 0.2
 
-NOUNS = (
-    "ant apple baby ball bear bed bee bell bird boat book boy bread bridge brother cake camel car cat chair child clock cloud "
-    "coat cow crab cup desk doctor dog doll door dragon dress drum duck eagle egg elephant farmer fish flag flower fly forest "
-    "fox friend frog garden ghost girl glass goat grape hand hat hen hill horse house island jacket key king kite knife ladder "
-    "lake lamp leaf lemon lion man map mirror monkey moon mother mouse mule nest ocean onion orange owl painter paper park pen "
-    "pencil pig pilot plane plant plate plum pony prince queen rabbit river road robot rose sailor school seed sheep ship shoe "
-    "shop singer sister skirt snail snake spider spoon star stone stork street sun swan table teacher tiger tower toy train tree "
-    "truck turtle uncle valley village violin wall watch whale wheel window wolf woman worm yard zebra"
-).split()
-ADJECTIVES = (
-    "big black blue brave brown calm clean clever cold dark dry fast friendly funny gentle golden good great green grey happy "
-    "heavy hungry kind large lazy little long loud new nice old orange pale pink proud purple quick quiet red round sad sharp "
-    "short shy silver slow small smart soft strange strong sweet tall tiny tired warm white wild wise yellow young"
-).split()
-VERBS = (
-    "climbs cries dances draws dreams drinks drives eats falls flies grows hides hops jumps laughs listens plays rests rolls "
-    "runs shines sings sits sleeps smiles speaks spins stands stops swims talks travels turns waits wakes walks whispers works"
-).split()
-LINKS = "finds follows helps hears likes loves meets misses needs sees visits wants watches".split()
-PLACES = "above behind beside in near on under".split()
-OTHER_WORDS = (
-    "about after again along always answer apart arrow ask autumn away begin below between blanket blossom bottle branch breeze "
-    "bright bring build button candle carry castle cheese cherry circle clap class cotton cover cream crown dance danger dinner "
-    "distant dollar double early earth east easy empty enough evening every family feather finger flame floor fresh frost fruit "
-    "giant gift globe grand grass ground guitar hammer harbor heart honey hotel idea inside iron jungle kettle kitchen kitten "
-    "letter light lunch magic market melon metal middle minute morning mountain music narrow needle never night north number "
-    "object often open other oven pepper person phone picture pillow planet please pocket potato pumpkin puzzle quarter rain "
-    "ready rhythm ribbon rocket rough salad sand scarf season secret shadow shape shell shout silent simple sky smoke snow "
-    "soap solid spark splash spring square squeeze stamp steam storm story strawberry stream string sugar summer supper swift "
-    "thanks thick thing think thread three throne thunder ticket today together tomato tooth train travel trust twelve umbrella "
-    "under unit upper useful velvet water weather west wheat whisper winter wisdom wooden world write yellow yesterday yogurt"
-).split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NOUNS = _words("""
+ant apple baby ball bear bed bee bell bird boat book boy bread bridge brother cake camel car cat chair child clock
+cloud coat cow crab cup desk doctor dog doll door dragon dress drum duck eagle egg elephant farmer fish flag flower fly
+forest fox friend frog garden ghost girl glass goat grape hand hat hen hill horse house island jacket key king kite
+knife ladder lake lamp leaf lemon lion man map mirror monkey moon mother mouse mule nest ocean onion orange owl painter
+paper park pen pencil pig pilot plane plant plate plum pony prince queen rabbit river road robot rose sailor school
+seed sheep ship shoe shop singer sister skirt snail snake spider spoon star stone stork street sun swan table teacher
+tiger tower toy train tree truck turtle uncle valley village violin wall watch whale wheel window wolf woman worm yard
+zebra
+""")
+ADJECTIVES = _words("""
+big black blue brave brown calm clean clever cold dark dry fast friendly funny gentle golden good great green grey
+happy heavy hungry kind large lazy little long loud new nice old orange pale pink proud purple quick quiet red round
+sad sharp short shy silver slow small smart soft strange strong sweet tall tiny tired warm white wild wise yellow young
+""")
+VERBS = _words("""
+climbs cries dances draws dreams drinks drives eats falls flies grows hides hops jumps laughs listens plays rests rolls
+runs shines sings sits sleeps smiles speaks spins stands stops swims talks travels turns waits wakes walks whispers
+works
+""")
+LINKS = _words("finds follows helps hears likes loves meets misses needs sees visits wants watches")
+PLACES = _words("above behind beside in near on under")
+OTHER_WORDS = _words("""
+about after again along always answer apart arrow ask autumn away begin below between blanket blossom bottle branch
+breeze bright bring build button candle carry castle cheese cherry circle clap class cotton cover cream crown dance
+danger dinner distant dollar double early earth east easy empty enough evening every family feather finger flame floor
+fresh frost fruit giant gift globe grand grass ground guitar hammer harbor heart honey hotel idea inside iron jungle
+kettle kitchen kitten letter light lunch magic market melon metal middle minute morning mountain music narrow needle
+never night north number object often open other oven pepper person phone picture pillow planet please pocket potato
+pumpkin puzzle quarter rain ready rhythm ribbon rocket rough salad sand scarf season secret shadow shape shell shout
+silent simple sky smoke snow soap solid spark splash spring square squeeze stamp steam storm story strawberry stream
+string sugar summer supper swift thanks thick thing think thread three throne thunder ticket today together tomato
+tooth train travel trust twelve umbrella under unit upper useful velvet water weather west wheat whisper winter wisdom
+wooden world write yellow yesterday yogurt
+""")
 WORDS = tuple(sorted({*NOUNS, *ADJECTIVES, *VERBS, *LINKS, *OTHER_WORDS}))
-NAMES = "Ada Alan Amy Anna Ben Carl Cleo Dora Emil Eva Finn Grace Hugo Ida Ivan Jan Kira Leo Lily Max Mia Nina Noah Olga Otto Paul Rosa Sam Tom Zoe".split()  # noqa: E501
-FOODS = "apples beans bread cake carrots cheese cherries grapes honey lemons melons noodles nuts peas pears pizza plums rice salad soup".split()  # noqa: E501
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty"
-).split()
+NAMES = _words("""
+Ada Alan Amy Anna Ben Carl Cleo Dora Emil Eva Finn Grace Hugo Ida Ivan Jan Kira Leo Lily Max Mia Nina Noah Olga Otto
+Paul Rosa Sam Tom Zoe
+""")
+FOODS = _words("""
+apples beans bread cake carrots cheese cherries grapes honey lemons melons noodles nuts peas pears pizza plums rice
+salad soup
+""")
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = _words("January February March April May June July August September October November December")
+NUMBERS = _words("""
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen nineteen twenty
+""")
 OPPOSITES = (
-    "big small,hot cold,up down,fast slow,day night,old new,happy sad,wet dry,open closed,early late,high low,long short,"
-    "black white,left right,full empty,hard soft,rich poor,strong weak,loud quiet,near far,good bad,light dark,thick thin"
+    "big small,hot cold,up down,fast slow,day night,old new,happy sad,wet dry,open closed,early late,high low,long "
+    "short,black white,left right,full empty,hard soft,rich poor,strong weak,loud quiet,near far,good bad,light "
+    "dark,thick thin"
 )
-SOUNDS = "dog woof,cat meow,cow moo,duck quack,sheep baa,lion roar,pig oink,bee buzz,owl hoot,snake hiss,horse neigh,frog croak"
+SOUNDS = (
+    "dog woof,cat meow,cow moo,duck quack,sheep baa,lion roar,"
+    "pig oink,bee buzz,owl hoot,snake hiss,horse neigh,frog croak"
+)
 COLOURS = "grass green,snow white,the sky blue,a lemon yellow,coal black,a cherry red,a carrot orange,chocolate brown"
 ORDINALS = ("first", "second", "third", "fourth")
 VOWELS = "aeiou"
 
-_ONSETS = (
-    "b c d f g h j k l m n p r s t v w y z b c d f g h l m n p r s t bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc sh sk sl sm "
-    "sn sp spl spr squ st str sw th thr tr tw wh wr"
-).split()
-_NUCLEI = "a a a e e e i i i o o o u u ai ea ee ie oa oo ou".split()
-_CODAS = ["", "", "", "", *"b ck d f g k l ll m mp n nd ng nk nt p r rd rk rn s sh ss st t tch th x".split()]
-ENDINGS = "ay y s ing er ed est ly le ow en ish ful".split()
+_ONSETS = _words("""
+b c d f g h j k l m n p r s t v w y z b c d f g h l m n p r s t bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc sh sk
+sl sm sn sp spl spr squ st str sw th thr tr tw wh wr
+""")
+_NUCLEI = _words("a a a e e e i i i o o o u u ai ea ee ie oa oo ou")
+_CODAS = ["", "", "", "", *_words("b ck d f g k l ll m mp n nd ng nk nt p r rd rk rn s sh ss st t tch th x")]
+ENDINGS = _words("ay y s ing er ed est ly le ow en ish ful")
 
 
 @dataclass(frozen=True)
@@ -227,7 +246,11 @@ def starts_with_vowel(word: str, rng: random.Random) -> tuple[str, dict[str, str
 
 @_word_task("Add {e} to {w}.", "Write {w} and then {e}.")
 def add_ending(word: str, rng: random.Random) -> tuple[str, dict[str, str]]:
-    end = rng.choice(ENDINGS) if rng.random() < 0.6 else "".join(rng.choices("abcdefghijklmnoprstuwy", k=rng.randint(1, 3)))
+    end = (
+        rng.choice(ENDINGS)
+        if rng.random() < 0.6
+        else "".join(rng.choices("abcdefghijklmnoprstuwy", k=rng.randint(1, 3)))
+    )
     return word + end, {"e": end}
 
 
@@ -243,7 +266,9 @@ def plural(word: str, rng: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def repeat_list(rng: random.Random, slips: bool) -> Exchange:
-    text = " ".join(str(rng.randrange(1000)) if rng.random() < 0.25 else any_word(rng) for _ in range(rng.randint(2, 4)))
+    text = " ".join(
+        str(rng.randrange(1000)) if rng.random() < 0.25 else any_word(rng) for _ in range(rng.randint(2, 4))
+    )
     return Exchange(rng.choice(("Repeat: {}", "Copy this: {}")).format(text), text, text)
 
 
@@ -406,7 +431,7 @@ def chat(rng: random.Random, slips: bool) -> Exchange:
 #: name → (share of the exchanges, task)
 TASKS: dict[str, tuple[float, Task]] = {
     "repeat_word": (5, repeat_word),
-    "repeat_list": (4, repeat_list),
+    "repeat_list": (5, repeat_list),
     "spell": (3, spell),
     "unspell": (2, unspell),
     "reverse": (3, reverse),
@@ -415,27 +440,27 @@ TASKS: dict[str, tuple[float, Task]] = {
     "nth_letter": (3, nth_letter),
     "drop_first": (3, drop_first),
     "drop_last": (2, drop_last),
-    "rotate": (8, rotate),
-    "split_at_vowel": (5, split_at_vowel),
+    "rotate": (6, rotate),
+    "split_at_vowel": (4, split_at_vowel),
     "starts_with_vowel": (1.5, starts_with_vowel),
-    "add_ending": (6, add_ending),
+    "add_ending": (4, add_ending),
     "join": (3, join),
     "plural": (2, plural),
     "pick_from_list": (3, pick_from_list),
     "reverse_list": (2, reverse_list),
     "sum_two_digits": (12, sum_two_digits),
-    "sum_small": (3, sum_small),
-    "difference": (3, difference),
-    "product": (2, product),
-    "neighbour": (2, neighbour),
+    "sum_small": (5, sum_small),
+    "difference": (4, difference),
+    "product": (3, product),
+    "neighbour": (3, neighbour),
     "compare": (2, compare),
     "parity": (1, parity),
-    "count_range": (3, count_range),
-    "sort_numbers": (2, sort_numbers),
+    "count_range": (4, count_range),
+    "sort_numbers": (3, sort_numbers),
     "letters_range": (1.5, letters_range),
     "number_word": (0.7, number_word),
     "fact": (1.5, fact),
-    "who_does": (2.5, who_does),
+    "who_does": (3, who_does),
     "write_about": (2, write_about),
     "chat": (0.7, chat),
 }
