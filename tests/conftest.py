@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Settings every test shares: CPU, strict dtypes, a compilation cache of the suite's own, no hub access."""
 
 import os
@@ -14,3 +15,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """`checkpoint("qwen3")` → directory of a tiny random model, the same for the whole run."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = tiny.save(family, tmp_path_factory.mktemp("models") / family)
+        return made[family]
+
+    return get

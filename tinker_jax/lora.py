@@ -89,10 +89,8 @@ def init(key: jax.Array, targets: Sequence[Target], rank: int, groups: Sequence[
     return _build(targets, groups, make)
 
 
-def scaled(adapter: Adapter | None, factor: jax.Array | float) -> Adapter | None:
+def scaled(adapter: Adapter, factor: jax.Array | float) -> Adapter:
     """The adapter with its scale folded into every `b`, as the model's linears expect it."""
-    if adapter is None:
-        return None
 
     def fold(node: Mapping[str, Any]) -> dict[str, Any]:
         if "a" in node:

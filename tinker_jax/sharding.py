@@ -7,6 +7,7 @@ width and vocabulary. GSPMD derives the collectives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(axis_sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axis_sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh over `data × fsdp × tensor`; missing axes have size 1; None is one device.
 
     Raises:

@@ -64,9 +64,7 @@ def test_a_sequence_packed_beside_others_equals_itself_alone():
 
 def test_blockwise_never_holds_a_square_of_the_row_length():
     T = 8192
-    q, k, v, seg, _ = (
-        jax.ShapeDtypeStruct(s, d) for s, d in [((1, T, 1, 8), jnp.float32)] * 3 + [((1, T), jnp.int32)] * 2
-    )
+    q, k, v, seg, _ = (jax.ShapeDtypeStruct(s, d) for s, d in [((1, T, 1, 8), jnp.float32)] * 3 + [((1, T), jnp.int32)] * 2)
 
     def loss(q, k, v, seg):
         return attention(q, k, v, seg, scale=1.0).sum()

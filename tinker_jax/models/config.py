@@ -70,15 +70,13 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
     )
 
 
-def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, tied_default: bool = False) -> DecoderConfig:
+def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, head_dim: int | None = None) -> DecoderConfig:
     model_type = cfg["model_type"]
 
     def require(key: str, supported: Any, default: Any) -> None:
         value = cfg.get(key, default)
         if value != supported:
-            raise UnsupportedError(
-                f"config.json: {key}={value!r} is not supported for {model_type}; only {supported!r} is."
-            )
+            raise UnsupportedError(f"config.json: {key}={value!r} is not supported for {model_type}; only {supported!r} is.")
 
     def need(key: str) -> int:
         if cfg.get(key) is None:
@@ -96,10 +94,8 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, tied_defaul
     width, heads = need("hidden_size"), need("num_attention_heads")
     kv_heads = int(cfg.get("num_key_value_heads") or heads)
     if heads % kv_heads:
-        raise BadRequestError(
-            f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}."
-        )
-    head_dim = int(cfg.get("head_dim") or width // heads)
+        raise BadRequestError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}.")
+    head_dim = int(cfg.get("head_dim") or head_dim or width // heads)
     if head_dim % 2:
         raise UnsupportedError(f"config.json: head_dim={head_dim} is odd; rotary embedding needs an even width.")
     return DecoderConfig(
@@ -113,7 +109,7 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, tied_defaul
         H=head_dim,
         rope=_rope(cfg),
         norm_eps=float(cfg.get("rms_norm_eps", 1e-6)),
-        tied=bool(cfg.get("tie_word_embeddings", tied_default)),
+        tied=bool(cfg.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         context_length=int(cfg.get("max_position_embeddings", 2048)),
@@ -123,7 +119,7 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, tied_defaul
 _FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "llama": lambda cfg: _dense(cfg, qkv_bias=False, qk_norm=False),
     "qwen2": lambda cfg: _dense(cfg, qkv_bias=True, qk_norm=False),
-    "qwen3": lambda cfg: _dense(cfg, qkv_bias=False, qk_norm=True),
+    "qwen3": lambda cfg: _dense(cfg, qkv_bias=False, qk_norm=True, head_dim=128),
 }
 
 
@@ -134,9 +130,7 @@ def parse(cfg: Mapping[str, Any]) -> DecoderConfig:
         UnsupportedError: a `model_type` or a value that no family here implements.
         BadRequestError: a value that is missing or impossible.
     """
-    model_type = cfg.get("model_type")
+    model_type = str(cfg.get("model_type"))
     if model_type not in _FAMILIES:
-        raise UnsupportedError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}."
-        )
+        raise UnsupportedError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}.")
     return _FAMILIES[model_type](cfg)

@@ -53,13 +53,9 @@ def weights(cfg: DecoderConfig) -> tuple[Weight, ...]:
     table = [Weight("embed.embedding", "model.embed_tokens.weight", (cfg.V, cfg.D), ("vocab", "embed"))]
 
     def norm(name: str, hf: str, width: int) -> None:
-        table.append(
-            Weight(f"layers.{name}.scale", f"model.layers.{{layer}}.{hf}.weight", (width,), (None,), stacked=cfg.L)
-        )
+        table.append(Weight(f"layers.{name}.scale", f"model.layers.{{layer}}.{hf}.weight", (width,), (None,), stacked=cfg.L))
 
-    def linear(
-        module: str, hf: str, shape: tuple[int, int], axes: tuple[str, str], lora: LoraGroup, bias: bool
-    ) -> None:
+    def linear(module: str, hf: str, shape: tuple[int, int], axes: tuple[str, str], lora: LoraGroup, bias: bool) -> None:
         prefix = f"model.layers.{{layer}}.{hf}.{module}"
         table.append(Weight(f"layers.{module}.kernel", f"{prefix}.weight", shape, axes, True, cfg.L, lora))
         if bias:

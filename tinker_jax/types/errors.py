@@ -115,3 +115,7 @@ class StorageError(TinkerError, OSError):
 
 class UnsupportedError(TinkerError, NotImplementedError):
     """Known to Tinker, not available here; the message says why and what to do instead."""
+
+
+class ExperimentalWarning(FutureWarning):
+    """Given by calls that may still change."""

@@ -32,9 +32,7 @@ def _blocks(T: int) -> tuple[int, int]:
 
 def _pad(x: jax.Array, axis: int, size: int, value: int = 0) -> jax.Array:
     width = size - x.shape[axis]
-    return (
-        x if not width else jnp.pad(x, [(0, width if i == axis else 0) for i in range(x.ndim)], constant_values=value)
-    )
+    return x if not width else jnp.pad(x, [(0, width if i == axis else 0) for i in range(x.ndim)], constant_values=value)
 
 
 def _to_heads(x_BTNH: jax.Array, K: int, T: int) -> jax.Array:
@@ -119,7 +117,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale):
 
 def _backward(scale, saved, grad_BTNH):
     q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out, lse = saved
-    B, T, N, H = q_BTNH.shape
+    B, T, _, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     C, blocks = _blocks(T)
     Tp = C * blocks

@@ -1,0 +1,42 @@
+# Two commands set everything up on a fresh clone: `make quickstart` and `make test`. Both need python3 >= 3.11 only.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: $(VENV)/.run
+	$(PY) scripts/quickstart.py
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.test
+	$(PY) benchmarks/baseline.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("tinker_jax needs Python 3.11 or newer, found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml
+	$(PY) -m pip install -q -e '.[examples]'
+	touch $@
+
+# torch first and alone: the tests want the pinned CPU build, and whatever else needs torch then finds it.
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PY) -m pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,259 @@
+"""Export: the tool that a file is written for loads it and computes what we compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from checkpoint_cases import ALL, our_logits, read_config, trained
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tinker_jax.checkpoints import export_merged, export_peft, export_tinker
+from tinker_jax.checkpoints.hf_import import load_base
+from tinker_jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
+from tinker_jax.models.weights import weights
+from tinker_jax.types.errors import (
+    BadRequestError,
+    ConflictError,
+    NotFoundError,
+    StorageError,
+    UnprocessableEntityError,
+)
+
+TOLERANCE = 1e-4
+TOKENS = np.random.default_rng(0).integers(2, tiny.VOCAB, (2, 11))
+
+
+def torch_logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.as_tensor(TOKENS)).logits.float().numpy()
+
+
+def pretrained(directory, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+
+
+def assert_same_model(got: np.ndarray, expected: np.ndarray, base: Path):
+    assert np.abs(expected - torch_logits(pretrained(base))).max() > 0.1, "the adapter does too little to prove anything"
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def base(request, checkpoint) -> Path:
+    return checkpoint(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("groups", [ALL, ("attn", "mlp")], ids=["all", "no unembed"])
+def test_peft_loads_the_adapter_and_computes_our_logits(tmp_path, base, groups):
+    path = trained(tmp_path / "home", base, groups=groups)
+    assert export_peft(path, tmp_path / "peft", home=tmp_path / "home") == tmp_path / "peft"
+    model = peft.PeftModel.from_pretrained(pretrained(base), tmp_path / "peft")
+    assert_same_model(torch_logits(model), our_logits(tmp_path / "home", path, base, TOKENS), base)
+
+
+def test_the_peft_files_say_what_they_are(tmp_path, checkpoint):
+    base = checkpoint("qwen3")
+    path = trained(tmp_path / "home", base, kind="sampler_weights")
+    export_peft(path, tmp_path / "peft", home=tmp_path / "home")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 32, str(base))
+    assert config["target_modules"] == [*(f"{m}_proj" for m in ["q", "k", "v", "o", "gate", "up", "down"]), "lm_head"]
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * (3 * 7 + 1)
+    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
+    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"].shape == (48, 4)
+    assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (tiny.VOCAB, 4)
+
+
+@pytest.mark.parametrize("groups", [ALL, ("attn", "mlp")], ids=["all", "no unembed"])
+def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path, base, groups):
+    path = trained(tmp_path / "home", base, groups=groups)
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", max_shard_size="30KB", progress=False)
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
+    assert_same_model(torch_logits(pretrained(tmp_path / "merged")), our_logits(tmp_path / "home", path, base, TOKENS), base)
+
+
+def test_untouched_tensors_are_bit_equal_and_touched_ones_differ(tmp_path):
+    base = tiny.save("qwen3", tmp_path / "base", dtype=torch.bfloat16, max_shard_size="20KB")
+    path = trained(tmp_path / "home", base, groups=("attn",))
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", progress=False)
+
+    def tensors(directory):
+        return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+    before, after = tensors(base), tensors(tmp_path / "merged")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert after[name].dtype == torch.bfloat16
+        changed = any(f"{m}_proj" in name for m in "qkvo") and "self_attn" in name
+        assert torch.equal(before[name], after[name]) != changed, name
+    table = weights(read_config(base))
+    one, two = (load_base(d, table, jnp.bfloat16, progress=False) for d in (base, tmp_path / "merged"))
+    assert {name for name in one if not jnp.array_equal(one[name], two[name])} == {f"layers.{m}_proj.kernel" for m in "qkvo"}
+
+
+def test_the_update_is_added_in_float32_and_rounded_once(tmp_path):
+    base = tiny.save("qwen2", tmp_path / "base", dtype=torch.bfloat16)
+    path = trained(tmp_path / "home", base, groups=("mlp",))
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", progress=False)
+    export_peft(path, tmp_path / "peft", home=tmp_path / "home")
+    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    expected = (load_file(base / SINGLE_FILE)[f"{name}.weight"].float() + 8.0 * (b @ a)).bfloat16()
+    got = load_file(tmp_path / "merged" / SINGLE_FILE)[f"{name}.weight"]
+    # Float32 sums in another order may fall on the other side of a rounding boundary, rarely.
+    assert (got == expected).float().mean() > 0.99
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
+
+
+def test_merging_in_blocks_of_rows_changes_nothing(tmp_path, checkpoint, monkeypatch):
+    path = trained(tmp_path / "home", checkpoint("qwen2"))
+    export_merged(path, tmp_path / "one", home=tmp_path / "home", progress=False)
+    monkeypatch.setattr("tinker_jax.checkpoints.export._BLOCK", 7 * 32)
+    export_merged(path, tmp_path / "two", home=tmp_path / "home", progress=False)
+    one, two = (load_file(tmp_path / d / SINGLE_FILE) for d in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_model_is_untied_only_if_its_unembedding_was_trained(tmp_path, checkpoint):
+    base = checkpoint("llama")
+    for name, groups, tied in (("with", ALL, False), ("without", ("attn", "mlp"), True)):
+        path = trained(tmp_path / name, base, groups=groups)
+        export_merged(path, tmp_path / f"{name}-merged", home=tmp_path / name, progress=False)
+        config = json.loads((tmp_path / f"{name}-merged" / "config.json").read_text())
+        tensors = load_file(tmp_path / f"{name}-merged" / SINGLE_FILE)
+        assert config["tie_word_embeddings"] is tied and ("lm_head.weight" in tensors) is not tied
+        assert torch.equal(tensors["model.embed_tokens.weight"], load_file(base / SINGLE_FILE)["model.embed_tokens.weight"])
+
+
+def test_tokenizer_generation_config_and_chat_template_come_along(tmp_path):
+    base = tiny.save("qwen3", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "README.md").write_text("of the base model")
+    path = trained(tmp_path / "home", base)
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", progress=False)
+    files = {file.name for file in (tmp_path / "merged").iterdir()}
+    kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "config.json"}
+    assert files == kept | {SINGLE_FILE}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+def test_dtype_converts_every_tensor_and_the_config(tmp_path, checkpoint):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", dtype="bfloat16", progress=False)
+    assert {t.dtype for t in load_file(tmp_path / "merged" / SINGLE_FILE).values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(BadRequestError, match=r"dtype='int8' is not supported; choose float32, float16, bfloat16"):
+        export_merged(path, tmp_path / "other", home=tmp_path / "home", dtype="int8")
+
+
+@pytest.mark.parametrize(("size", "files"), [("1GB", 1), (60_000, 3), ("60KB", 3), ("0.06 mb", 3)])
+def test_shards_respect_their_size(tmp_path, checkpoint, size, files):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", max_shard_size=size, progress=False)
+    shards = sorted((tmp_path / "merged").glob("*.safetensors"))
+    if files == 1:
+        assert [s.name for s in shards] == [SINGLE_FILE] and not (tmp_path / "merged" / INDEX_FILE).exists()
+        return
+    index = json.loads((tmp_path / "merged" / INDEX_FILE).read_text())
+    for shard in shards:
+        with safe_open(shard, "pt") as opened:
+            assert {index["weight_map"][name] for name in opened.keys()} == {shard.name}  # noqa: SIM118
+        assert shard.stat().st_size < 60_000 + 4096
+    assert len(shards) >= files
+    assert index["metadata"]["total_size"] == sum(t.nbytes for s in shards for t in load_file(s).values())
+
+
+@pytest.mark.parametrize("size", ["", "5TB", "-1GB", 0, "0GB", "GB", None])
+def test_impossible_shard_sizes_are_refused(tmp_path, size):
+    with pytest.raises(BadRequestError, match=r"is not a size; give bytes, or a text like '5GB'"):
+        export_merged("tinker://a/weights/b", tmp_path / "x", max_shard_size=size)
+
+
+@pytest.mark.parametrize("export", [export_peft, export_merged, export_tinker])
+def test_a_directory_that_holds_something_is_left_alone(tmp_path, checkpoint, export):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+    (tmp_path / "out").mkdir()
+    export(path, tmp_path / "out", home=tmp_path / "home")  # empty is fine
+    before = sorted(f.name for f in (tmp_path / "out").iterdir())
+    with pytest.raises(ConflictError, match=r"out exists and is not an empty directory; choose another one"):
+        export(path, tmp_path / "out", home=tmp_path / "home")
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == before
+
+
+def test_a_failed_export_leaves_nothing_behind(tmp_path, checkpoint, monkeypatch):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*out: No space left on device"):
+        export_merged(path, tmp_path / "out", home=tmp_path / "home", progress=False)
+    assert [f.name for f in tmp_path.iterdir()] == ["home"]
+
+
+def test_wrong_paths_and_wrong_base_models_are_refused(tmp_path, checkpoint):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+    with pytest.raises(NotFoundError, match=r"checkpoint 'tinker://.*/weights/b' does not exist"):
+        export_peft(path[:-1] + "b", tmp_path / "x", home=tmp_path / "home")
+    with pytest.raises(UnprocessableEntityError) as error:
+        export_peft(path, tmp_path / "x", home=tmp_path / "home", base_model=str(checkpoint("qwen2")))
+    assert "adapter tensor 'layers.q_proj.b' of tinker://" in str(error.value)
+    assert "needs shape [3, 4, 32], the checkpoint has [3, 4, 48]. It was trained on " in str(error.value)
+    with pytest.raises(NotFoundError, match=r"is neither an existing directory nor a hub id"):
+        export_peft(path, tmp_path / "x", home=tmp_path / "home", base_model="/moved/away")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_base_model_that_moved_can_be_named(tmp_path, checkpoint):
+    moved = shutil.copytree(checkpoint("qwen3"), tmp_path / "first")
+    path = trained(tmp_path / "home", moved)
+    moved = moved.rename(tmp_path / "second")
+    export_peft(path, tmp_path / "peft", home=tmp_path / "home", base_model=str(moved))
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)
+
+
+def test_tinkers_layout_names_the_unembedding_as_tinker_does(tmp_path, checkpoint):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+    export_tinker(path, tmp_path / "tinker", home=tmp_path / "home")
+    tensors = load_file(tmp_path / "tinker" / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.unembed_tokens.lora_A.weight"].shape == (4, 32)
+    assert not any("lm_head" in name for name in tensors)
+    config = json.loads((tmp_path / "tinker" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 32 and config["target_modules"][-1] == "unembed_tokens"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tinker_cookbook") is None,
+    reason="tinker_cookbook is not in the test extra: its dependencies do not resolve on the package index",
+)
+def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint):
+    from tinker_cookbook import weights as cookbook
+
+    base = checkpoint("qwen3")
+    path = trained(tmp_path / "home", base)
+    export_tinker(path, tmp_path / "tinker", home=tmp_path / "home")
+    expected = our_logits(tmp_path / "home", path, base, TOKENS)
+    cookbook.build_lora_adapter(base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "peft"))
+    model = peft.PeftModel.from_pretrained(pretrained(base), tmp_path / "peft")
+    assert_same_model(torch_logits(model), expected, base)
+    cookbook.build_hf_model(
+        base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "hf"), dtype="float32"
+    )
+    assert_same_model(torch_logits(pretrained(tmp_path / "hf")), expected, base)

@@ -1,0 +1,119 @@
+"""Where base models come from, and what a wrong name is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from tinker_jax.checkpoints import hub
+from tinker_jax.types.errors import APIConnectionError, NotFoundError, PermissionDeniedError, StorageError
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    (tmp_path / "embedded" / "nano").mkdir(parents=True)
+    (tmp_path / "embedded" / "nano" / "config.json").write_text("{}")
+    monkeypatch.setattr(hub, "_embedded_root", lambda: tmp_path / "embedded")
+    return tmp_path / "embedded"
+
+
+def test_embedded_models_come_with_the_package(embedded):
+    assert hub.resolve("tinker-jax/nano") == embedded / "nano"
+
+
+@pytest.mark.parametrize("name", ["tinker-jax/other", "tinker-jax/", "tinker-jax/../embedded/nano", "tinker-jax/.."])
+def test_an_unknown_embedded_model_lists_those_there_are(embedded, name):
+    with pytest.raises(NotFoundError, match=r"does not exist; embedded models are tinker-jax/nano\."):
+        hub.resolve(name)
+
+
+def test_a_local_directory_is_taken_as_it_is(checkpoint, monkeypatch):
+    directory = checkpoint("qwen3")
+    assert hub.resolve(str(directory)) == directory
+    monkeypatch.chdir(directory.parent)
+    assert hub.resolve("./qwen3") == directory
+    monkeypatch.setenv("HOME", str(directory.parent))
+    assert hub.resolve("~/qwen3") == directory
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(NotFoundError, match=r"has no config\.json, so it is no Hugging Face model directory"):
+        hub.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/directory", "./nowhere", "a/b/c", "", "two words"])
+def test_what_is_neither_directory_nor_hub_id_is_refused_without_asking_the_hub(embedded, name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(embedded)
+    with pytest.raises(NotFoundError, match=r"no"):
+        hub.resolve(name)
+
+
+def test_a_hub_id_that_is_not_cached_says_what_to_do_offline():
+    with pytest.raises(NotFoundError) as error:
+        hub.resolve("nobody/no-such-model")
+    text = str(error.value)
+    assert "base model 'nobody/no-such-model': no directory of that name" in text
+    assert "HF_HUB_OFFLINE is set" in text and "hf download nobody/no-such-model" in text
+
+
+def test_only_the_files_that_are_needed_are_downloaded(tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, **kwargs):
+        asked.update(kwargs, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.resolve("owner/name") == Path(tmp_path)
+    assert asked["repo"] == "owner/name"
+    kept = huggingface_hub.utils.filter_repo_objects(
+        [
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+            "merges.txt",
+            "chat_template.jinja",
+            "pytorch_model.bin",
+            "original/consolidated.safetensors",
+            "README.md",
+        ],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert set(kept) == {
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "merges.txt",
+        "chat_template.jinja",
+    }
+
+
+def fake(kind, text="refused"):
+    error = kind.__new__(kind)
+    error.args = (text,)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "text"),
+    [
+        (fake(errors.GatedRepoError), PermissionDeniedError, "it is gated. Accept its licence at "),
+        (fake(errors.RepositoryNotFoundError), NotFoundError, "the hub has no such repository"),
+        (fake(errors.HfHubHTTPError), APIConnectionError, "the hub refused"),
+        (errors.HFValidationError("bad"), NotFoundError, "it is no valid hub id: bad"),
+        (OSError(28, "No space left on device"), StorageError, "cannot download owner/name to "),
+    ],
+)
+def test_failures_of_the_hub_become_typed_errors(monkeypatch, raised, expected, text):
+    def snapshot_download(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(expected) as error:
+        hub.resolve("owner/name")
+    assert text in str(error.value)

@@ -1,0 +1,360 @@
+"""The engine end to end: training, sampling and checkpoints of several clients on one base model."""
+
+import gc
+import logging
+import threading
+import uuid
+
+import numpy as np
+import pytest
+import tiny
+
+from tinker_jax.checkpoints.store import RunRecord, Store
+from tinker_jax.engine.config import EngineConfig
+from tinker_jax.engine.engine import Engine, get_engine
+from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, SampleRequest, SamplingParams
+from tinker_jax.types.errors import BadRequestError, NotFoundError, RequestFailedError, UnprocessableEntityError
+
+LORA = LoraConfig(rank=4, seed=0)
+STEP = AdamParams(learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, tmp_path_factory):
+    engine = Engine(str(checkpoint("qwen3")), EngineConfig(home=tmp_path_factory.mktemp("home")))
+    engine.info().result(120)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def model_id(engine):
+    name = f"{uuid.uuid4().hex[:8]}:train:0"
+    make_run(engine, name)
+    engine.create_adapter(name, LORA)
+    yield name
+    engine.release(name)
+
+
+def make_run(engine, name):
+    import datetime
+
+    now = datetime.datetime.now(datetime.UTC)
+    Store(engine.config.home).create_run(
+        RunRecord(
+            run_id=name,
+            session_id="s",
+            base_model=engine.base_model,
+            lora_rank=4,
+            train_mlp=True,
+            train_attn=True,
+            train_unembed=True,
+            seed=0,
+            user_metadata=None,
+            created=now,
+            last_request_time=now,
+        )
+    )
+
+
+def data(seed=0, lengths=(20, 33)):
+    rng = np.random.default_rng(seed)
+    out = []
+    for n in lengths:
+        tokens = rng.integers(2, tiny.VOCAB, n + 1).tolist()
+        out.append(Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]}))
+    return out
+
+
+def train(engine, model_id, steps, start=0):
+    for i in range(start, start + steps):
+        engine.forward_backward(model_id, data(i), "cross_entropy", None, backward=True)
+        engine.optim_step(model_id, STEP)
+
+
+def score(engine, model_id):
+    out = engine.forward_backward(model_id, data(99), "cross_entropy", None, backward=False).result(120)
+    return np.concatenate([x["logprobs"].to_numpy() for x in out.loss_fn_outputs])
+
+
+def prompt_logprobs(engine, sampler_id, tokens):
+    request = SampleRequest(
+        prompt=ModelInput.from_ints(tokens), sampling_params=SamplingParams(max_tokens=1), prompt_logprobs=True
+    )
+    return np.asarray(engine.sample(sampler_id, request).result(120).prompt_logprobs[1:], np.float32)
+
+
+def test_training_lowers_the_loss_and_reports_it(engine, model_id):
+    batch = data(1)
+    losses = []
+    for _ in range(15):
+        out = engine.forward_backward(model_id, batch, "cross_entropy", None, backward=True)
+        step = engine.optim_step(model_id, STEP)
+        losses.append(out.result(120).metrics["loss:sum"])
+        assert step.result(120).metrics["grad_norm:mean"] > 0
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_sampler_and_trainer_agree_on_the_adapter(engine, model_id):
+    train(engine, model_id, 4)
+    engine.snapshot(model_id, "agree")
+    tokens = data(5, (60,))[0].model_input.to_ints()
+    datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
+    out = engine.forward_backward(model_id, [datum], "cross_entropy", None, backward=False).result(120)
+    trainer = out.loss_fn_outputs[0]["logprobs"].to_numpy()
+    np.testing.assert_allclose(prompt_logprobs(engine, "agree", tokens), trainer, atol=1e-5)
+    drawn = engine.sample(
+        "agree",
+        SampleRequest(
+            prompt=ModelInput.from_ints(tokens[:30]),
+            sampling_params=SamplingParams(max_tokens=20, stop=[], seed=1),
+            num_samples=3,
+        ),
+    ).result(120)
+    for sequence in drawn.sequences:
+        whole = tokens[:30] + sequence.tokens
+        datum = Datum(ModelInput.from_ints(whole[:-1]), {"target_tokens": whole[1:]})
+        out = engine.forward_backward(model_id, [datum], "cross_entropy", None, backward=False).result(120)
+        trainer = out.loss_fn_outputs[0]["logprobs"].to_numpy()[29:]
+        np.testing.assert_allclose(sequence.logprobs, trainer, atol=1e-5)
+
+
+def test_a_snapshot_keeps_the_weights_of_its_place_in_the_order(engine, model_id):
+    train(engine, model_id, 2)
+    engine.snapshot(model_id, "frozen")
+    tokens = list(range(2, 40))
+    before = prompt_logprobs(engine, "frozen", tokens)
+    train(engine, model_id, 3, start=2)
+    during = engine.sample(
+        "frozen",
+        SampleRequest(prompt=ModelInput.from_ints(tokens), sampling_params=SamplingParams(max_tokens=1), prompt_logprobs=True),
+    )
+    np.testing.assert_array_equal(np.asarray(during.result(120).prompt_logprobs[1:], np.float32), before)
+    np.testing.assert_array_equal(prompt_logprobs(engine, "frozen", tokens), before)
+    engine.snapshot(model_id, "moved")
+    assert np.abs(prompt_logprobs(engine, "moved", tokens) - before).max() > 1e-3
+
+
+def test_sampling_does_not_change_training(engine):
+    results = []
+    for busy in (False, True):
+        name = f"pure-{busy}:train:0"
+        engine.create_adapter(name, LORA)
+        train(engine, name, 2)
+        if busy:
+            engine.snapshot(name, name)
+            for _ in range(3):
+                request = SampleRequest(prompt=ModelInput.from_ints([5, 6, 7]), sampling_params=SamplingParams(max_tokens=9))
+                engine.sample(name, request)
+        train(engine, name, 2, start=2)
+        results.append(score(engine, name))
+    np.testing.assert_array_equal(*results)
+
+
+def test_adapters_of_one_base_do_not_touch_each_other(engine, model_id):
+    other = "other:train:0"
+    engine.create_adapter(other, LORA)
+    before = score(engine, other)
+    train(engine, model_id, 2)
+    np.testing.assert_array_equal(score(engine, other), before)
+
+
+def test_a_restored_run_continues_bit_for_bit_and_a_cold_one_does_not(engine, model_id):
+    train(engine, model_id, 3)
+    path = engine.save_state(model_id, model_id, "mid").result(120)
+    train(engine, model_id, 3, start=3)
+    uninterrupted = score(engine, model_id)
+    engine.load_adapter("warm", path, with_optimizer=True, create=True)
+    engine.load_adapter("cold", path, with_optimizer=False, create=True)
+    for name in ("warm", "cold"):
+        train(engine, name, 3, start=3)
+    np.testing.assert_array_equal(score(engine, "warm"), uninterrupted)
+    assert np.abs(score(engine, "cold") - uninterrupted).max() > 1e-5
+    engine.load_adapter(model_id, path, with_optimizer=True, create=False)
+    train(engine, model_id, 3, start=3)
+    np.testing.assert_array_equal(score(engine, model_id), uninterrupted)
+
+
+def test_a_saved_sampler_equals_the_snapshot(engine, model_id):
+    train(engine, model_id, 2)
+    engine.snapshot(model_id, "live")
+    path = engine.save_sampler(model_id, model_id, "final").result(120)
+    engine.load_sampler("loaded", path)
+    tokens = list(range(2, 30))
+    np.testing.assert_array_equal(prompt_logprobs(engine, "loaded", tokens), prompt_logprobs(engine, "live", tokens))
+    with pytest.raises(BadRequestError, match="sampler_weights"):
+        engine.load_adapter("x", path, with_optimizer=True, create=True).result(120)
+
+
+def test_the_bare_base_model_equals_a_fresh_adapter(engine, model_id):
+    engine.load_sampler("bare", None)
+    engine.snapshot(model_id, "fresh")
+    tokens = list(range(2, 30))
+    np.testing.assert_array_equal(prompt_logprobs(engine, "bare", tokens), prompt_logprobs(engine, "fresh", tokens))
+
+
+def test_a_checkpoint_of_another_shape_is_refused_and_changes_nothing(engine, model_id):
+    train(engine, model_id, 1)
+    path = engine.save_state(model_id, model_id, "r4").result(120)
+    small = "small:train:0"
+    engine.create_adapter(small, LoraConfig(rank=2, seed=1))
+    before = score(engine, small)
+    with pytest.raises(UnprocessableEntityError, match=r"holds rank 4 on attn, mlp, unembed, but this client trains rank 2"):
+        engine.load_adapter(small, path, with_optimizer=True, create=False).result(120)
+    np.testing.assert_array_equal(score(engine, small), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "loss_fn", "config", "text"),
+    [
+        ({"target_tokens": [1, 2]}, "cross_entropy", None, "target_tokens"),
+        ({"target_tokens": [tiny.VOCAB, 2, 3]}, "cross_entropy", None, "vocabulary"),
+        ({"target_tokens": [1, 2, 3], "weights": [1.0, float("nan"), 1.0]}, "cross_entropy", None, "weights"),
+        ({"target_tokens": [1, 2, 3]}, "importance_sampling", None, "logprobs"),
+        ({"target_tokens": [1, 2, 3]}, "mse", None, "mse"),
+        ({"target_tokens": [1, 2, 3]}, "cross_entropy", {"clip": 1.0}, "clip"),
+    ],
+)
+def test_bad_data_is_refused_at_the_call_and_changes_nothing(engine, model_id, change, loss_fn, config, text):
+    engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True).result(120)
+    with pytest.raises(BadRequestError, match=text):
+        bad = Datum(ModelInput.from_ints([1, 2, 3]), change)
+        engine.forward_backward(model_id, [*data(), bad], loss_fn, config, backward=True)
+    norm = engine.optim_step(model_id, STEP).result(120).metrics["grad_norm:mean"]
+    engine.create_adapter("clean", LORA)
+    engine.forward_backward("clean", data(), "cross_entropy", None, backward=True)
+    assert engine.optim_step("clean", STEP).result(120).metrics["grad_norm:mean"] == norm
+
+
+def test_a_failed_request_leaves_the_client_usable(engine, model_id):
+    with pytest.raises(BadRequestError, match="optim_step without gradients"):
+        engine.optim_step(model_id, STEP).result(120)
+    with pytest.raises(NotFoundError):
+        engine.load_adapter(model_id, "tinker://nobody/weights/x", with_optimizer=True, create=False).result(120)
+    with pytest.raises(NotFoundError, match="no training client 'ghost'"):
+        engine.optim_step("ghost", STEP).result(120)
+    with pytest.raises(NotFoundError, match="no sampling client 'ghost'"):
+        request = SampleRequest(prompt=ModelInput.from_ints([1]), sampling_params=SamplingParams(max_tokens=1))
+        engine.sample("ghost", request).result(120)
+    train(engine, model_id, 1)
+    assert np.isfinite(score(engine, model_id)).all()
+
+
+def test_a_program_that_fails_keeps_gradients_and_weights(engine, model_id, monkeypatch):
+    engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True).result(120)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._trainer, "_step", lambda *a, **k: 1 / 0)
+        with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+            engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True).result(120)
+    norm = engine.optim_step(model_id, STEP).result(120).metrics["grad_norm:mean"]
+    engine.create_adapter("clean", LORA)
+    engine.forward_backward("clean", data(), "cross_entropy", None, backward=True)
+    assert engine.optim_step("clean", STEP).result(120).metrics["grad_norm:mean"] == norm
+
+
+def test_a_custom_loss_gives_the_gradients_of_the_built_in_one(engine, model_id):
+    batch = data()
+
+    def gradient(logprobs):
+        assert threading.current_thread().name == "tinker_jax-custom-loss"
+        return float(-sum(lp.sum() for lp in logprobs)), {"mine": 1.0}, [-np.ones_like(lp) for lp in logprobs]
+
+    custom = engine.forward_backward_custom(model_id, batch, gradient)
+    custom_step = engine.optim_step(model_id, STEP)
+    output, loss, metrics = custom.result(120)
+    engine.create_adapter("built-in", LORA)
+    plain = engine.forward_backward("built-in", batch, "cross_entropy", None, backward=True)
+    plain_step = engine.optim_step("built-in", STEP)
+    assert loss == pytest.approx(plain.result(120).metrics["loss:sum"], rel=1e-5) and metrics == {"mine": 1.0}
+    assert output.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
+    assert custom_step.result(120).metrics["grad_norm:mean"] == plain_step.result(120).metrics["grad_norm:mean"]
+
+
+def test_many_threads_train_and_sample_at_once(engine):
+    def client(i, out):
+        name = f"thread-{i}:train:0"
+        engine.create_adapter(name, LORA)
+        train(engine, name, 3)
+        engine.snapshot(name, name).result(120)  # the sampling client exists from here on
+        request = SampleRequest(
+            prompt=ModelInput.from_ints([9, 8, 7]), sampling_params=SamplingParams(max_tokens=8, seed=3, stop=[])
+        )
+        futures = [engine.sample(name, request) for _ in range(3)]
+        out[i] = ([f.result(120).sequences[0].tokens for f in futures], score(engine, name))
+
+    out = {}
+    threads = [threading.Thread(target=client, args=(i, out)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    tokens, scores = zip(*out.values(), strict=True)
+    assert len(tokens) == 4 and all(t == tokens[0][0] for client in tokens for t in client)
+    for s in scores[1:]:
+        np.testing.assert_array_equal(s, scores[0])
+
+
+def test_a_mesh_trains_samples_and_resumes_like_one_device(engine, checkpoint, tmp_path):
+    meshed = Engine(
+        str(checkpoint("qwen3")), EngineConfig(mesh={"data": 2, "fsdp": 2, "tensor": 2}, home=engine.config.home, memory=1 << 30)
+    )
+    runs = []
+    for runner, name in ((engine, "single:train:0"), (meshed, "meshed:train:0")):
+        make_run(runner, name)
+        runner.create_adapter(name, LORA)
+        train(runner, name, 2)
+        runner.snapshot(name, name).result(120)
+        request = SampleRequest(
+            prompt=ModelInput.from_ints([9, 8, 7, 6]),
+            sampling_params=SamplingParams(max_tokens=12, seed=5, stop=[]),
+            num_samples=3,
+            prompt_logprobs=True,
+        )
+        drawn = runner.sample(name, request).result(120)
+        runs.append((score(runner, name), drawn))
+    (single_score, single), (meshed_score, meshed_drawn) = runs
+    np.testing.assert_allclose(meshed_score, single_score, atol=1e-4)
+    np.testing.assert_allclose(meshed_drawn.prompt_logprobs[1:], single.prompt_logprobs[1:], atol=1e-4)
+    for a, b in zip(single.sequences, meshed_drawn.sequences, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    path = engine.save_state("single:train:0", "single:train:0", "moves").result(120)
+    meshed.load_adapter("moved", path, with_optimizer=True, create=True)
+    np.testing.assert_allclose(score(meshed, "moved"), single_score, atol=1e-4)
+    meshed.close()
+
+
+def test_release_forgets_an_adapter_after_what_is_queued(engine):
+    engine.create_adapter("gone", LORA)
+    queued = engine.forward_backward("gone", data(), "cross_entropy", None, backward=False)
+    engine.release("gone")
+    queued.result(120)
+    with pytest.raises(NotFoundError):
+        engine.optim_step("gone", STEP).result(120)
+
+
+def test_engines_are_shared_by_configuration_and_retried_after_a_failed_load(checkpoint, tmp_path):
+    missing = get_engine(str(tmp_path / "nothing"), EngineConfig())
+    with pytest.raises(NotFoundError):
+        missing.info().result(120)
+    assert get_engine(str(tmp_path / "nothing"), EngineConfig()) is not missing
+    config = EngineConfig(home=tmp_path)
+    engine = get_engine(str(checkpoint("llama")), config)
+    assert get_engine(str(checkpoint("llama")), EngineConfig(home=str(tmp_path))) is engine
+    assert engine.info().result(120).model_type == "llama"
+
+
+def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="tinker_jax"):
+        engine = Engine(str(checkpoint("qwen2")), EngineConfig(home=tmp_path))
+        make_run(engine, "log:train:0")
+        engine.create_adapter("log:train:0", LORA)
+        for _ in range(2):
+            engine.forward_backward("log:train:0", data(), "cross_entropy", None, backward=True).result(120)
+        engine.save_state("log:train:0", "log:train:0", "a").result(120)
+        engine.close()
+    messages = [r.getMessage() for r in caplog.records if r.name == "tinker_jax"]
+    assert sum(m.startswith("loaded ") for m in messages) == 1
+    assert sum(m.startswith("compiled train_step rows=1 length=64 rank=4") for m in messages) == 1
+    assert sum(m.startswith("wrote tinker://log:train:0/weights/a") for m in messages) == 1
+    gc.collect()

@@ -1,0 +1,31 @@
+"""The memory plan divides what there is, and falls back from keeping activations to recomputing them."""
+
+import tiny
+
+from tinker_jax.engine.memory import activation_bytes, base_bytes, plan
+from tinker_jax.models.config import DecoderConfig, Rope, parse
+
+QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
+
+
+def test_base_bytes_are_those_of_the_parameters():
+    cfg = parse(tiny.CONFIGS["qwen3"]().to_dict())
+    _, params = tiny.base_params("qwen3", tiny.model("qwen3"))
+    assert base_bytes(cfg, 4) == sum(x.nbytes for x in params.values())
+    assert abs(base_bytes(QWEN3_8B, 2) / 2 / 8.19e9 - 1) < 0.01
+
+
+def test_recomputing_needs_far_less_than_keeping():
+    assert activation_bytes(QWEN3_8B, 2, "full") < activation_bytes(QWEN3_8B, 2, "none") / 5
+
+
+def test_a_large_device_keeps_activations_and_a_small_one_recomputes():
+    assert plan(QWEN3_8B, 2, 141 << 30).remat == "none"
+    small = plan(QWEN3_8B, 2, 20 << 30)
+    assert small.remat == "full" and 0 < small.token_budget <= 8192
+    assert small.kv_bytes < (20 << 30) - base_bytes(QWEN3_8B, 2)
+
+
+def test_a_mesh_shares_the_weights():
+    alone, shared = plan(QWEN3_8B, 2, 24 << 30), plan(QWEN3_8B, 2, 24 << 30, devices=8)
+    assert shared.token_budget > alone.token_budget and shared.kv_bytes > 8 * alone.kv_bytes

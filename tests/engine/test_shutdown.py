@@ -1,0 +1,28 @@
+"""The interpreter leaves cleanly whatever the engine is doing."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys, tinker_jax as tinker
+service = tinker.ServiceClient()
+client = service.create_lora_training_client(base_model={model!r}, rank=2).result()
+data = [tinker.Datum(tinker.ModelInput.from_ints([5, 6, 7]), {{"target_tokens": [6, 7, 8]}})]
+futures = [client.forward_backward(data, "cross_entropy") for _ in range(200)]
+sampler = client.save_weights_and_get_sampling_client().result()
+sampling = sampler.sample(tinker.ModelInput.from_ints([5]), 4, tinker.SamplingParams(max_tokens=400, stop=[]))
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("", 0), ("sys.exit(3)", 3), ("raise KeyboardInterrupt", 130), ("service.close('success').result(60)", 0)]
+)
+def test_a_script_that_ends_with_requests_under_way_exits_at_once_and_silently(checkpoint, tmp_path, end, code):
+    script = SCRIPT.format(model=str(checkpoint("qwen3")), end=end)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode in (code, -2 if code == 130 else code)
+    noise = [line for line in done.stderr.splitlines() if line.strip() and "Loading" not in line]
+    assert not noise or (code == 130 and noise[-1].startswith("KeyboardInterrupt") and len(noise) < 6), done.stderr

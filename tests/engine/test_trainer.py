@@ -1,0 +1,266 @@
+"""The training core against transformers + PEFT + torch, and against itself under packing and sharding."""
+
+import jax
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+
+from tinker_jax import sharding
+from tinker_jax.engine.memory import Plan
+from tinker_jax.engine.trainer import Trainer
+from tinker_jax.models.weights import weights
+from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput
+from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
+
+PLAN = Plan(token_budget=512, remat="none", kv_bytes=1 << 20)
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trainer(family="qwen3", mesh=None, plan=PLAN):
+    cfg, params = tiny.base_params(family, tiny.model(family))
+    mesh = sharding.make_mesh(mesh)
+    placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
+    return Trainer(cfg, placed, mesh, plan)
+
+
+def perturbed(state, seed=0):
+    """Moves `b` off zero, so that gradients of `a` exist and adapters change the outputs."""
+    rng = np.random.default_rng(seed)
+    place = lambda x: jax.device_put(x + 0.05 * rng.normal(size=x.shape).astype(np.float32), x.sharding)  # noqa: E731
+    state.params = jax.tree.map(place, state.params)
+    return state
+
+
+def datum(rng, n, **inputs):
+    tokens = rng.integers(0, tiny.VOCAB, n + 1)
+    return Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:].tolist(), **inputs})
+
+
+def random_data(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [datum(rng, n, weights=rng.normal(size=n).tolist()) for n in lengths]
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def as_peft(family, state):
+    """The same adapter on the same model in torch."""
+    model = peft.get_peft_model(
+        tiny.model(family), peft.LoraConfig(r=state.lora.rank, lora_alpha=32, target_modules=[*PROJECTIONS, "lm_head"])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                module, factor = name.split(".")[-4], "a" if "lora_A" in name else "b"
+                tree = state.params["lm_head"] if module == "lm_head" else state.params["layers"][module]
+                value = np.asarray(tree[factor])
+                value = value if module == "lm_head" else value[int(name.split(".layers.")[1].split(".")[0])]
+                parameter.copy_(torch.tensor(value.T))
+    return model
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_logprobs_and_adapter_gradients_match_peft(family):
+    run = trainer(family)
+    state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
+    data = random_data([70, 33, 1, 150])
+    model = as_peft(family, state)
+    logprobs, metrics = run.forward_backward(state, data, "cross_entropy", None, backward=True)
+    total = torch.zeros(())
+    for d, ours in zip(data, logprobs, strict=True):
+        ids = torch.tensor([d.model_input.to_ints()])
+        targets = torch.tensor(d.loss_fn_inputs["target_tokens"].to_numpy())
+        w = torch.tensor(d.loss_fn_inputs["weights"].to_numpy())
+        theirs = torch.log_softmax(model(ids).logits[0], -1).gather(1, targets[:, None])[:, 0]
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-4)
+        total = total - (theirs * w).sum()
+    total.backward()
+    assert metrics["loss:sum"] == pytest.approx(total.item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            module, factor = name.split(".")[-4], "a" if "lora_A" in name else "b"
+            tree = state.grads["lm_head"] if module == "lm_head" else state.grads["layers"][module]
+            ours = np.asarray(tree[factor])
+            ours = ours if module == "lm_head" else ours[int(name.split(".layers.")[1].split(".")[0])]
+            theirs = parameter.grad.numpy().T
+            assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
+
+
+def test_a_fresh_adapter_is_bitwise_the_base_model():
+    run = trainer()
+    data = random_data([40, 90])
+    fresh = run.new_adapter(LoraConfig(rank=8), 3)
+    other = run.new_adapter(LoraConfig(rank=8, train_mlp=False, train_unembed=False), 4)
+    with_all, _ = run.forward_backward(fresh, data, "cross_entropy", None, backward=False)
+    with_some, _ = run.forward_backward(other, data, "cross_entropy", None, backward=False)
+    none = run.new_adapter(LoraConfig(rank=8), 3)
+    none.params = jax.tree.map(np.zeros_like, none.params)
+    bare, _ = run.forward_backward(none, data, "cross_entropy", None, backward=False)
+    for a, b, c in zip(with_all, with_some, bare, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, c)
+
+
+def test_an_adapter_is_reproducible_from_its_seed():
+    run = trainer()
+    first, again, other = (run.new_adapter(LoraConfig(rank=8), seed) for seed in (1, 1, 2))
+    for a, b, c in zip(*(leaves(s.params).values() for s in (first, again, other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.any(a) or np.any(a != c)
+
+
+@pytest.mark.parametrize("flags", [("train_attn",), ("train_mlp",), ("train_unembed",), ("train_attn", "train_unembed")])
+def test_only_the_chosen_groups_are_trained(flags):
+    run = trainer()
+    config = LoraConfig(rank=2, **{f: f in flags for f in ("train_attn", "train_mlp", "train_unembed")})
+    state = run.new_adapter(config, 0)
+    run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=True)
+    run.optim_step(state, AdamParams(learning_rate=0.1))
+    modules = set(state.params.get("layers", {})) | ({"lm_head"} if "lm_head" in state.params else set())
+    members = {"train_attn": PROJECTIONS[:4], "train_mlp": PROJECTIONS[4:], "train_unembed": ["lm_head"]}
+    assert modules == {m for f in flags for m in members[f]}
+    assert all(np.any(x) for x in leaves(state.params).values())
+
+
+def test_results_do_not_depend_on_what_shares_the_batch():
+    lengths = [5, 200, 64, 31, 90, 1, 130]
+    data = random_data(lengths)
+    alone_run, together_run = trainer(), trainer(plan=Plan(token_budget=4096, remat="full", kv_bytes=1))
+    alone, together = (perturbed(r.new_adapter(LoraConfig(rank=4), 0)) for r in (alone_run, together_run))
+    singles = [alone_run.forward_backward(alone, [d], "cross_entropy", None, backward=True)[0][0] for d in data]
+    packed, _ = together_run.forward_backward(together, data, "cross_entropy", None, backward=True)
+    for a, b in zip(singles, packed, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    theirs = leaves(alone.grads)
+    for name, ours in leaves(together.grads).items():
+        assert np.abs(ours - theirs[name]).max() <= 1e-5 * max(1.0, np.abs(theirs[name]).max()), name
+
+
+def test_identical_datums_in_one_batch_get_identical_logprobs():
+    run = trainer()
+    state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
+    copies = random_data([77]) * 9
+    logprobs, _ = run.forward_backward(state, copies, "cross_entropy", None, backward=False)
+    for copy in logprobs[1:]:
+        np.testing.assert_allclose(copy, logprobs[0], atol=1e-5)
+
+
+def test_top_k_targets_equal_separate_single_targets():
+    rng = np.random.default_rng(0)
+    run = trainer()
+    state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
+    tokens, targets = rng.integers(0, tiny.VOCAB, 30).tolist(), rng.integers(0, tiny.VOCAB, (30, 3))
+    w = rng.normal(size=(30, 3)).astype(np.float32)
+    wide = Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": w})
+    (lp,), metrics = run.forward_backward(state, [wide], "cross_entropy", None, backward=True)
+    wide_grads, state.grads, total = state.grads, None, 0.0
+    for k in range(3):
+        single = Datum(ModelInput.from_ints(tokens), {"target_tokens": targets[:, k], "weights": w[:, k]})
+        (lp_k,), m = run.forward_backward(state, [single], "cross_entropy", None, backward=True)
+        np.testing.assert_allclose(lp[:, k], lp_k, atol=1e-6)
+        total += m["loss:sum"]
+    assert metrics["loss:sum"] == pytest.approx(total, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(wide_grads), jax.tree.leaves(state.grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_targets_of_different_width_share_a_batch():
+    rng = np.random.default_rng(0)
+    run = trainer()
+    state = run.new_adapter(LoraConfig(rank=4), 0)
+    shapes = [(3, 2), (3, 5), (3,)]  # none with weights: each of its targets then weighs 1, and no padding column does
+    data = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": rng.integers(0, 9, shape)}) for shape in shapes]
+    logprobs, metrics = run.forward_backward(state, data, "cross_entropy", None, backward=False)
+    assert [lp.shape for lp in logprobs] == shapes
+    alone = [run.forward_backward(state, [d], "cross_entropy", None, backward=False) for d in data]
+    for lp, ((expected,), _) in zip(logprobs, alone, strict=True):
+        np.testing.assert_allclose(lp, expected, atol=1e-6)
+    assert metrics["loss:sum"] == pytest.approx(sum(m["loss:sum"] for _, m in alone), rel=1e-5)
+
+
+def test_gradients_accumulate_until_the_step_and_are_zero_after():
+    run = trainer()
+    data = random_data([20, 50])
+    one, two = (perturbed(run.new_adapter(LoraConfig(rank=4), 0)) for _ in range(2))
+    run.forward_backward(one, data, "cross_entropy", None, backward=True)
+    for d in data:
+        run.forward_backward(two, [d], "cross_entropy", None, backward=True)
+    for a, b in zip(jax.tree.leaves(one.grads), jax.tree.leaves(two.grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+    norm = run.optim_step(two, AdamParams())["grad_norm"]
+    assert norm == pytest.approx(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(one.grads))), rel=1e-4)
+    with pytest.raises(BadRequestError, match="optim_step without gradients: call forward_backward first"):
+        run.optim_step(two, AdamParams())
+
+
+def test_a_step_with_infinite_gradients_is_refused_and_changes_nothing():
+    run = trainer()
+    state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
+    run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=True)
+    state.grads = jax.tree.map(lambda x: x * np.inf, state.grads)
+    before = leaves((state.params, state.opt))
+    with pytest.raises(UnprocessableEntityError, match="not finite"):
+        run.optim_step(state, AdamParams())
+    after = leaves((state.params, state.opt))
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=True)
+    run.optim_step(state, AdamParams())
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"tensor": 2}])
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", "ppo"])
+def test_a_mesh_gives_the_losses_and_gradients_of_one_device(mesh, loss_fn):
+    rng = np.random.default_rng(0)
+    if loss_fn == "cross_entropy":
+        data = random_data([30, 64, 7, 100, 20])
+    else:
+        lengths = [30, 64, 7, 100, 20]
+        data = [
+            datum(rng, n, logprobs=(-5 + rng.normal(size=n)).tolist(), advantages=rng.normal(size=n).tolist()) for n in lengths
+        ]
+    single, many = trainer(), trainer(mesh=mesh)
+    a, b = (perturbed(r.new_adapter(LoraConfig(rank=4), 0)) for r in (single, many))
+    lp_a, metrics_a = single.forward_backward(a, data, loss_fn, None, backward=True)
+    lp_b, metrics_b = many.forward_backward(b, data, loss_fn, None, backward=True)
+    for x, y in zip(lp_a, lp_b, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert metrics_a == pytest.approx(metrics_b, rel=1e-4, abs=1e-5)
+    theirs = leaves(a.grads)
+    for name, ours in leaves(b.grads).items():
+        assert np.abs(ours - theirs[name]).max() <= 1e-5 * max(1.0, np.abs(theirs[name]).max()), name
+    single.optim_step(a, AdamParams(learning_rate=1e-3, grad_clip_norm=1.0))
+    many.optim_step(b, AdamParams(learning_rate=1e-3, grad_clip_norm=1.0))
+
+
+def test_parameters_are_really_sharded():
+    run = trainer(mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    kernel = run._params["layers.q_proj.kernel"]
+    L, D, out = kernel.shape
+    assert kernel.addressable_shards[0].data.shape == (L, D // 2, out // 2)
+    state = run.new_adapter(LoraConfig(rank=4), 0)
+    run.forward_backward(state, random_data([30]), "cross_entropy", None, backward=True)
+    run.optim_step(state, AdamParams())
+    for tree in (state.params, state.opt["mu"], state.opt["nu"]):
+        down = tree["layers"]["down_proj"]
+        assert down["a"].addressable_shards[0].data.shape == (L, 24, 4)
+        assert down["b"].addressable_shards[0].data.shape == (L, 4, D // 2)
+
+
+def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
+    mesh = sharding.make_mesh({"tensor": 8})
+    with pytest.raises(BadRequestError, match=r"model.k_proj: dimension 1 \(kv_heads\) has size 20.*'tensor' of size 8"):
+        sharding.check_divisible("model.k_proj", (32, 20), ("embed", "kv_heads"), mesh)
+
+
+def test_random_lengths_compile_few_programs():
+    run = trainer(plan=Plan(token_budget=512, remat="none", kv_bytes=1))
+    state = run.new_adapter(LoraConfig(rank=2, train_mlp=False, train_unembed=False), 0)
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        lengths = rng.integers(1, 128, rng.integers(1, 12))
+        run.forward_backward(state, random_data(lengths), "cross_entropy", None, backward=True)
+    assert run.programs <= 7

@@ -1,0 +1,97 @@
+"""Tiny random checkpoints of every family, made by transformers with every parameter perturbed, and ways to read them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB = 300  # 256 bytes, a few merges, specials
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=False),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+@cache
+def tokenizer_json() -> str:
+    """A byte-level BPE tokenizer of VOCAB entries that round-trips any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat " * 50], trainer)
+    return tokenizer.to_str()
+
+
+def model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A random model in float32; norms, biases and everything else moved off their initial values."""
+    torch.manual_seed(seed)
+    tiny = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).float().eval()
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return tiny
+
+
+def save(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
+    """Writes the checkpoint of `family`, tokenizer included, as a Hugging Face directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model(family).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    (directory / "tokenizer.json").write_text(tokenizer_json())
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>", "bos_token": "<|bos|>"})
+    )
+    return directory
+
+
+def base_params(family: str, tiny_model: transformers.PreTrainedModel) -> tuple:
+    """(config, flat parameter dict as NumPy) of a transformers model, without going through a file."""
+    from tinker_jax.models.config import parse
+    from tinker_jax.models.weights import weights
+
+    cfg = parse(tiny_model.config.to_dict())
+    state = {name: tensor.detach().numpy() for name, tensor in tiny_model.state_dict().items()}
+
+    def read(weight, name):
+        return state[name].T if weight.transpose else state[name]
+
+    params = {}
+    for w in weights(cfg):
+        if w.stacked:
+            params[w.name] = np.stack([read(w, w.hf.format(layer=i)) for i in range(w.stacked)])
+        else:
+            params[w.name] = read(w, w.hf)
+    return cfg, params

@@ -1,0 +1,219 @@
+"""Reading and writing safetensors one tensor at a time, so that a model never has to fit in host memory.
+
+Format: 8 bytes little-endian header length, a JSON header `{name: {"dtype", "shape", "data_offsets"}}`, then the tensors'
+bytes. A sharded model has an index file that maps each tensor to its shard.
+
+Reference: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from tinker_jax.types.errors import NotFoundError, StorageError, UnsupportedError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+#: Types that a frozen weight may be stored in.
+DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: bytes `start` to `stop` of `file`, `shape` and `dtype` (the format's name, e.g. `"BF16"`)."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The dtype on disk.
+
+        Raises:
+            UnsupportedError: other than F32, F16, BF16.
+        """
+        if self.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"tensor {self.name!r} in {self.file} is stored as {self.dtype}; supported are {', '.join(DTYPES)}. "
+                "Use the model's bf16 checkpoint."
+            )
+        return DTYPES[self.dtype]
+
+    def read(self) -> np.ndarray:
+        """The tensor in host memory, in its stored dtype.
+
+        Raises:
+            UnsupportedError: as `stored_dtype`.
+            StorageError: the file cannot be read.
+        """
+        return np.frombuffer(self.read_bytes(), self.stored_dtype).reshape(self.shape)
+
+    def read_bytes(self) -> bytes:
+        """The tensor's bytes as stored, whatever the dtype."""
+        return b"".join(self.blocks(max(self.nbytes, 1)))
+
+    def blocks(self, size: int = 1 << 26) -> Iterator[bytes]:
+        """The tensor's bytes in pieces of at most `size`.
+
+        Raises:
+            StorageError: the file cannot be read, or is too short.
+        """
+        try:
+            with open(self.file, "rb") as file:
+                file.seek(self.start)
+                left = self.nbytes
+                while left:
+                    data = file.read(min(size, left))
+                    if not data:
+                        raise StorageError(f"{self.file} ends within tensor {self.name!r}; download it again.")
+                    left -= len(data)
+                    yield data
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(f"cannot read {self.file}: {error.strerror or error}.") from error
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Entries of one safetensors file, in the order of the file.
+
+    Raises:
+        NotFoundError: no such file.
+        StorageError: not a whole safetensors file.
+    """
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = handle.read(length) if length <= size - 8 else b""
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{file} does not exist; is the download complete?") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {file}: {error.strerror or error}.") from error
+    base = 8 + length
+    entries = {}
+    try:
+        parsed = json.loads(header)
+        parsed.pop("__metadata__", None)
+        for name, spec in parsed.items():
+            start, stop = spec["data_offsets"]
+            entries[name] = TensorEntry(name, file, spec["dtype"], tuple(spec["shape"]), base + start, base + stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{file} is damaged: no valid safetensors header. Download it again.") from error
+    for entry in entries.values():
+        dtype = DTYPES.get(entry.dtype)
+        if entry.start > entry.stop or (dtype and math.prod(entry.shape) * dtype.itemsize != entry.nbytes):
+            raise StorageError(
+                f"{file} is damaged: tensor {entry.name!r} has {entry.nbytes} bytes for shape {list(entry.shape)}."
+            )
+        if entry.stop > size:
+            raise StorageError(f"{file} is damaged: it ends within tensor {entry.name!r} ({size} bytes). Download it again.")
+    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def read_index(directory: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a model directory, from one `model.safetensors` or from the shards that its index names.
+
+    Raises:
+        NotFoundError: no safetensors weights there, or a shard is missing.
+        StorageError: a file is damaged, or index and shards disagree.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        if (directory / SINGLE_FILE).exists():
+            return read_header(directory / SINGLE_FILE)
+        torch_only = " It has PyTorch .bin weights; convert them to safetensors." if list(directory.glob("*.bin")) else ""
+        raise NotFoundError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}.{torch_only}")
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except OSError as error:
+        raise StorageError(f"cannot read {index}: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{index} is damaged: {error!r}.") from error
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        if os.path.basename(shard) != shard:
+            raise StorageError(f"{index} names the shard {shard!r}, which is not a plain file name.")
+        if not (directory / shard).exists():
+            lost = [name for name, file in weight_map.items() if file == shard]
+            raise NotFoundError(
+                f"{directory} lacks its shard {shard}, which holds {lost[0]!r} and {len(lost) - 1} more tensors."
+            )
+        entries |= read_header(directory / shard)
+    for name, shard in weight_map.items():
+        if name not in entries:
+            raise StorageError(f"{index} places tensor {name!r} in {shard}, but that file does not hold it.")
+    return entries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tensor to be written: its name, dtype (the format's name) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def plan(name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Plan:
+    """Plan of a float tensor."""
+    return Plan(name, _NAMES[np.dtype(dtype)], shape, math.prod(shape) * np.dtype(dtype).itemsize)
+
+
+def shards(plans: Iterable[Plan], max_bytes: int) -> list[list[Plan]]:
+    """Splits tensors, in order, into groups of at most `max_bytes`; a larger tensor has a group of its own."""
+    groups: list[list[Plan]] = []
+    room = 0
+    for one in plans:
+        if not groups or one.nbytes > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(one)
+        room -= one.nbytes
+    return groups
+
+
+def write(file: Path, plans: Sequence[Plan], tensors: Iterable[bytes | np.ndarray]) -> None:
+    """Writes one safetensors file; `tensors` yields each tensor, or its bytes, in the order of `plans`."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for one in plans:
+        header[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": [offset, offset + one.nbytes]}
+        offset += one.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little"))
+        out.write(text)
+        for one, tensor in zip(plans, tensors, strict=True):
+            # numpy has no buffer protocol for bfloat16, hence the view as bytes.
+            data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data if isinstance(tensor, np.ndarray) else tensor
+            assert len(data) == one.nbytes, f"{one.name}: planned {one.nbytes} bytes, got {len(data)}"
+            out.write(data)
+        out.flush()
+        os.fsync(out.fileno())

@@ -1,0 +1,137 @@
+"""What a sample request asks of the engine: checked against the model, defaults resolved, arrays ready."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinker_jax.engine.sampling import device_temperature, seed_words
+from tinker_jax.engine.stops import StopRule, stop_rule
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.types.errors import BadRequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from tinker_jax.types.sampling import SampleRequest
+    from tinker_jax.types.tensor_data import TensorData
+
+MOST_PER_POSITION = 1024
+"""Most top-k entries, targets or alternatives that one position reports."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """A checked request.
+
+    Attributes:
+        prompt: int32 [P], P ≥ 1.
+        num_samples: sequences to draw.
+        max_tokens: most tokens of each, clipped to the end of the context.
+        temperature, top_k, top_p, seed: as `tinker_jax.engine.sampling.Rows` wants them.
+        stop: what ends a sequence.
+        sample_top: likeliest tokens to report for each drawn token.
+        prompt_logprobs: score the prompt's own tokens.
+        prompt_top: likeliest tokens to report at each prompt position.
+        last_n: prompt tokens that are scored, counted from the end; P - 1 is all that can be.
+        targets: the caller's tensor of ids to score, or None.
+        target_ids: the same, dense int64 [P - 1, K], -1 for nothing.
+        alternatives: draws at each prompt position after the first.
+    """
+
+    prompt: np.ndarray
+    num_samples: int
+    max_tokens: int
+    temperature: np.float32
+    top_k: int
+    top_p: float
+    seed: np.ndarray
+    stop: StopRule
+    sample_top: int
+    prompt_logprobs: bool
+    prompt_top: int
+    last_n: int
+    targets: TensorData | None
+    target_ids: np.ndarray | None
+    alternatives: int
+
+    @property
+    def need(self) -> int:
+        """Places a row takes in the cache: the last token drawn is never fed back."""
+        return len(self.prompt) + self.max_tokens - 1
+
+
+def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) -> Ask:
+    """Checks a request against the model.
+
+    `max_tokens` beyond the context is clipped to it (the sequence then ends with reason `"length"`). A prompt as long as
+    the context still has one token to give, since its own logits exist.
+
+    Raises:
+        BadRequestError: an empty or too long prompt, a token id outside the vocabulary, more entries per position than
+            the vocabulary or `MOST_PER_POSITION`.
+        UnsupportedError: a chunk that is not text.
+    """
+    params = request.sampling_params
+    prompt = _prompt(request, cfg)
+    room = cfg.context_length - len(prompt) + 1
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    target_ids = _targets(request.target_prompt_logprobs, cfg.V)
+    for name in ("topk_sample_logprobs", "topk_prompt_logprobs", "prompt_alt_tokens_k"):
+        most = MOST_PER_POSITION if name == "prompt_alt_tokens_k" else min(cfg.V, MOST_PER_POSITION)
+        if getattr(request, name) > most:
+            raise BadRequestError(f"{name}: expected at most {most} for this model, got {getattr(request, name)}.")
+    return Ask(
+        prompt=prompt,
+        num_samples=request.num_samples,
+        max_tokens=max_tokens,
+        temperature=device_temperature(params.temperature),
+        top_k=min(params.top_k, cfg.V),
+        top_p=params.top_p,
+        seed=seed_words(secrets.randbits(64) if params.seed is None else params.seed),
+        stop=stop_rule(params.stop, eos_ids, cfg.V),
+        sample_top=request.topk_sample_logprobs,
+        prompt_logprobs=bool(request.prompt_logprobs),
+        prompt_top=request.topk_prompt_logprobs,
+        last_n=request.prompt_logprobs_last_n or len(prompt) - 1,
+        targets=request.target_prompt_logprobs,
+        target_ids=target_ids,
+        alternatives=request.prompt_alt_tokens_k,
+    )
+
+
+def _prompt(request: SampleRequest, cfg: DecoderConfig) -> np.ndarray:
+    for i, chunk in enumerate(request.prompt.chunks):
+        if chunk.type != "encoded_text":
+            raise UnsupportedError(
+                f"prompt.chunks[{i}] is {type(chunk).__name__}, but {cfg.model_type} is a text model; send text tokens only."
+            )
+    tokens = np.asarray(request.prompt.to_ints(), np.int64)
+    if not tokens.size:
+        raise BadRequestError("prompt: expected at least one token, got none.")
+    outside = np.flatnonzero((tokens < 0) | (tokens >= cfg.V))
+    if outside.size:
+        i = outside[0]
+        raise BadRequestError(f"prompt: token {i} is {tokens[i]}, outside the model's vocabulary of {cfg.V}.")
+    if len(tokens) > cfg.context_length:
+        raise BadRequestError(
+            f"prompt: {len(tokens)} tokens exceed the model's context length of {cfg.context_length}; shorten the prompt."
+        )
+    return tokens.astype(np.int32)
+
+
+def _targets(targets: TensorData | None, V: int) -> np.ndarray | None:
+    if targets is None:
+        return None
+    ids = targets.to_numpy(pad_value=-1)
+    wrong = np.argwhere((ids < -1) | (ids >= V))
+    if wrong.size:
+        i, j = wrong[0]
+        raise BadRequestError(
+            f"target_prompt_logprobs[{i}, {j}]: expected a token id below {V}, or -1 for nothing, got {ids[i, j]}."
+        )
+    if ids.shape[1] > MOST_PER_POSITION:
+        raise BadRequestError(f"target_prompt_logprobs: expected at most {MOST_PER_POSITION} columns, got {ids.shape[1]}.")
+    return ids

@@ -1,0 +1,440 @@
+"""One engine per base model and configuration: weights on the mesh, a worker thread, adapters in training, a sampler.
+
+Every public method queues a request and returns a `concurrent.futures.Future` at once. State belongs to the worker thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinker_jax import lora as lora_lib
+from tinker_jax import sharding
+from tinker_jax.checkpoints.hf_import import load_base
+from tinker_jax.checkpoints.hub import resolve
+from tinker_jax.checkpoints.state import load_adapter, save_adapter
+from tinker_jax.checkpoints.store import CheckpointRecord, Store
+from tinker_jax.engine import memory
+from tinker_jax.engine.config import EngineConfig
+from tinker_jax.engine.sampler import Sampler
+from tinker_jax.engine.trainer import AdapterState, Trainer
+from tinker_jax.engine.validate import check_data
+from tinker_jax.engine.worker import Detour, Worker
+from tinker_jax.models.config import DecoderConfig, parse
+from tinker_jax.models.weights import weights
+from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
+from tinker_jax.types.errors import BadRequestError, NotFoundError, UnprocessableEntityError
+
+if TYPE_CHECKING:
+    from tinker_jax.types import AdamParams, SampleRequest, SampleResponse
+
+logger = logging.getLogger("tinker_jax")
+
+#: From a custom loss: loss, metrics, and its gradient with respect to each datum's log-probabilities.
+CustomGradient = Callable[[list[np.ndarray]], tuple[float, dict[str, float], list[np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a client may know of the base model. `context_length` and `vocab_size` are in tokens."""
+
+    name: str
+    model_type: str
+    directory: str
+    context_length: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class _SamplerWeights:
+    """Immutable weights of a sampling client. Equal keys mean equal weights and may share a decode batch."""
+
+    key: str
+    adapter: lora_lib.Adapter | None
+
+
+_engines: dict[tuple[str, EngineConfig], Engine] = {}
+_engines_lock = threading.Lock()
+
+
+def get_engine(base_model: str, config: EngineConfig) -> Engine:
+    """The process's engine for a base model and configuration; starts loading on first use, and again after a failure."""
+    with _engines_lock:
+        engine = _engines.get((base_model, config))
+        if engine is None or engine.failed:
+            engine = _engines[base_model, config] = Engine(base_model, config)
+        return engine
+
+
+def loaded_engines() -> list[Engine]:
+    """Engines of this process whose model is loaded or being loaded."""
+    with _engines_lock:
+        return [engine for engine in _engines.values() if not engine.failed]
+
+
+@atexit.register
+def close_engines() -> None:
+    """Ends every engine: running requests finish, waiting ones are cancelled, device memory is freed."""
+    with _engines_lock:
+        engines = list(_engines.values())
+        _engines.clear()
+    for engine in engines:
+        engine.close()
+
+
+class Engine:
+    """Runs requests for one base model. Use `get_engine`.
+
+    Args:
+        base_model: hub id, local Hugging Face directory, or embedded model.
+        config: what the hosted service would decide: dtype, mesh, memory, storage.
+    """
+
+    def __init__(self, base_model: str, config: EngineConfig) -> None:
+        self.base_model, self.config = base_model, config
+        self._adapters: dict[str, AdapterState] = {}
+        self._samplers: dict[str, _SamplerWeights] = {}
+        self._info: ModelInfo | None = None
+        self._names = itertools.count()
+        self._worker = Worker(f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision)
+
+    @property
+    def failed(self) -> bool:
+        """Did the model fail to load?"""
+        return self._worker.failure is not None
+
+    def close(self) -> None:
+        """Ends the worker thread; later requests raise RuntimeError."""
+        self._worker.close()
+        self._adapters.clear()
+        self._samplers.clear()
+
+    # ---- loading, on the worker ----
+
+    def _precision(self):
+        # Accelerators multiply float32 in lower precision unless told otherwise; asking for float32 means float32.
+        exact = self.config.dtype == "float32" or (self.config.dtype is None and jax.default_backend() == "cpu")
+        return jax.default_matmul_precision("highest" if exact else "default")
+
+    def _load(self) -> None:
+        start = time.perf_counter()
+        directory = resolve(self.base_model)
+        cfg = _read_config(directory)
+        mesh = sharding.make_mesh(self.config.mesh)
+        dtype = jnp.dtype(self.config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+        table = weights(cfg)
+        for weight in table:
+            sharding.check_divisible(weight.hf, weight.full_shape, weight.full_axes, mesh)
+        shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
+        params = load_base(directory, table, dtype, shardings)
+        budget = self.config.memory or memory.device_bytes()
+        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.size)
+        self._cfg, self._mesh, self._table = cfg, mesh, table
+        self._store = Store(self.config.home)
+        self._trainer = Trainer(cfg, params, mesh, plan)
+        self._sampler = Sampler(
+            cfg,
+            params,
+            mesh=mesh,
+            dtype=dtype,
+            kv_bytes=plan.kv_bytes,
+            stop_ids=_stop_ids(directory),
+            decode_text=_Text(directory),
+        )
+        self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
+        logger.info(
+            "loaded %s (%s, %.3g M parameters, %s, mesh %s) in %.1f s; micro-batches of %d tokens, remat %s, cache %.3g GiB",
+            self.base_model,
+            cfg.model_type,
+            sum(x.size for x in params.values()) / 1e6,
+            dtype.name,
+            dict(mesh.shape),
+            time.perf_counter() - start,
+            plan.token_budget,
+            plan.remat,
+            plan.kv_bytes / 2**30,
+        )
+
+    def _sample_slice(self) -> bool:
+        return self._sampler.step()
+
+    # ---- adapters ----
+
+    def info(self) -> Future[ModelInfo]:
+        """Facts about the base model, once it is loaded."""
+        return self._worker.submit("info", lambda: self._info)
+
+    def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[None]:
+        """Makes a fresh adapter; without a seed it draws one."""
+
+        def run() -> None:
+            seed = secrets.randbits(32) if lora.seed is None else lora.seed
+            self._adapters[model_id] = self._trainer.new_adapter(lora, seed)
+
+        return self._worker.submit(model_id, run)
+
+    def load_adapter(self, model_id: str, path: str, *, with_optimizer: bool, create: bool) -> Future[LoraConfig]:
+        """Loads a checkpoint into an adapter, new with `create`; gradients are dropped, optimiser state restored or fresh."""
+
+        def run() -> LoraConfig:
+            record = self._store.get(path, kinds=("weights",) if with_optimizer else ("weights", "sampler_weights"))
+            lora = self._lora_of(record)
+            if not create and _describe(lora) != _describe(self._adapter(model_id).lora):
+                raise UnprocessableEntityError(
+                    f"{path} holds {_describe(lora)}, but this client trains {_describe(self._adapter(model_id).lora)}; "
+                    "use create_training_client_from_state instead."
+                )
+            abstract, abstract_opt = self._trainer.abstract(lora)
+            params, opt = load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
+            opt = opt if opt is not None else self._trainer.fresh_optimizer(lora, params)
+            self._adapters[model_id] = AdapterState(lora, params, opt)
+            return lora
+
+        return self._worker.submit(model_id, run)
+
+    def release(self, name: str) -> None:
+        """Forgets an adapter or a sampler's weights after what is queued for it. Idempotent, callable from anywhere."""
+
+        def run() -> None:
+            self._adapters.pop(name, None)
+            self._samplers.pop(name, None)
+
+        with contextlib.suppress(RuntimeError):  # closed already, which freed everything
+            self._worker.submit(name, run)
+
+    def _adapter(self, model_id: str) -> AdapterState:
+        try:
+            return self._adapters[model_id]
+        except KeyError:
+            raise NotFoundError(f"there is no training client {model_id!r}; was it closed?") from None
+
+    def _lora_of(self, record: CheckpointRecord) -> LoraConfig:
+        if record.base_model != self.base_model:
+            raise UnprocessableEntityError(
+                f"{record.path} was trained on {record.base_model!r}; this client's base model is {self.base_model!r}."
+            )
+        return LoraConfig(
+            rank=record.lora_rank,
+            train_mlp=record.train_mlp,
+            train_attn=record.train_attn,
+            train_unembed=record.train_unembed,
+        )
+
+    # ---- training ----
+
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None,
+        *,
+        backward: bool,
+    ) -> Future[ForwardBackwardOutput]:
+        """Computes a loss on `data`; with `backward`, its gradient joins the adapter's accumulator.
+
+        Raises:
+            BadRequestError: the data, the loss or its configuration; ids and lengths are checked as soon as the model is known.
+        """
+        data = list(data)
+        self._check(data, loss_fn, loss_fn_config)
+        return self._worker.submit(model_id, lambda: self._forward_backward(model_id, data, loss_fn, loss_fn_config, backward))
+
+    def _check(self, data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any] | None) -> None:
+        info = self._info
+        limits = {} if info is None else {"vocab_size": info.vocab_size, "context_length": info.context_length}
+        check_data(data, loss_fn, config, **limits)
+
+    def _forward_backward(self, model_id, data, loss_fn, config, backward: bool) -> ForwardBackwardOutput:
+        self._check(data, loss_fn, config)  # again: the model may not have been loaded at the call
+        state = self._adapter(model_id)
+        logprobs, metrics = self._trainer.forward_backward(state, data, loss_fn, config, backward=backward)
+        return ForwardBackwardOutput(
+            loss_fn_output_type="ArrayRecord",
+            loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
+            metrics=metrics,
+        )
+
+    def forward_backward_custom(
+        self, model_id: str, data: Sequence[Datum], gradient: CustomGradient
+    ) -> Future[tuple[ForwardBackwardOutput, float, dict[str, float]]]:
+        """Forward, the caller's loss on a thread of its own, backward of its gradient; later requests of the client wait.
+
+        Returns:
+            The backward output (cross-entropy with weights −gradient), the custom loss and the custom metrics.
+        """
+        plain = [_only_targets(datum) for datum in data]
+        self._check(plain, "cross_entropy", None)
+
+        def forward() -> Detour:
+            output = self._forward_backward(model_id, plain, "cross_entropy", None, False)
+            logprobs = [out["logprobs"].to_numpy() for out in output.loss_fn_outputs]
+            return Detour(lambda: gradient(logprobs), backward)
+
+        def backward(result: tuple[float, dict[str, float], list[np.ndarray]]):
+            loss, metrics, gradients = result
+            weighted = [
+                Datum(
+                    model_input=datum.model_input,
+                    loss_fn_inputs={
+                        "target_tokens": datum.loss_fn_inputs["target_tokens"],
+                        "weights": TensorData.from_numpy(-np.asarray(g, np.float32)),
+                    },
+                )
+                for datum, g in zip(plain, gradients, strict=True)
+            ]
+            return self._forward_backward(model_id, weighted, "cross_entropy", None, True), loss, metrics
+
+        return self._worker.submit(model_id, forward)
+
+    def optim_step(self, model_id: str, params: AdamParams) -> Future[OptimStepResponse]:
+        """One AdamW step on the accumulated gradients."""
+
+        def run() -> OptimStepResponse:
+            metrics = self._trainer.optim_step(self._adapter(model_id), params)
+            return OptimStepResponse(metrics={f"{name}:mean": value for name, value in metrics.items()})
+
+        return self._worker.submit(model_id, run)
+
+    # ---- checkpoints ----
+
+    def save_state(
+        self,
+        model_id: str,
+        run_id: str,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Future[str]:
+        """Writes weights and optimiser state; the result is the checkpoint's tinker:// path."""
+        return self._save(model_id, run_id, name, "weights", ttl_seconds, overwrite, user_metadata)
+
+    def save_sampler(
+        self,
+        model_id: str,
+        run_id: str,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Future[str]:
+        """Writes weights for sampling, without optimiser state; the result is the checkpoint's tinker:// path."""
+        return self._save(model_id, run_id, name, "sampler_weights", ttl_seconds, False, user_metadata)
+
+    def _save(self, model_id, run_id, name, kind, ttl_seconds, overwrite, user_metadata) -> Future[str]:
+        def run() -> str:
+            start, state = time.perf_counter(), self._adapter(model_id)
+            opt = state.opt if kind == "weights" else None
+            meta = {"base_model": self.base_model, "rank": state.lora.rank, "groups": list(_groups(state.lora))}
+            record = self._store.write(
+                run_id,
+                kind,
+                name,
+                lambda directory: save_adapter(directory, state.params, opt, meta),
+                has_optimizer=opt is not None,
+                overwrite=overwrite,
+                ttl_seconds=ttl_seconds,
+                user_metadata=user_metadata,
+            )
+            logger.info("wrote %s (%.3g MB) in %.1f s", record.path, record.size_bytes / 1e6, time.perf_counter() - start)
+            return record.path
+
+        return self._worker.submit(model_id, run)
+
+    # ---- sampling ----
+
+    def snapshot(self, model_id: str, sampler_id: str) -> Future[None]:
+        """Gives the adapter's weights, as of now in the client's order, to a sampler. Later training does not change them."""
+
+        def run() -> None:
+            state = self._adapter(model_id)
+            self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(state.params, state.scale))
+
+        return self._worker.submit(model_id, run)
+
+    def load_sampler(self, sampler_id: str, path: str | None) -> Future[None]:
+        """Gives a checkpoint's weights, or with None the bare base model, to a sampler."""
+
+        def run() -> None:
+            if path is None:
+                self._samplers[sampler_id] = _SamplerWeights("base", None)
+                return
+            record = self._store.get(path)
+            lora = self._lora_of(record)
+            params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
+            self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(params, lora_lib.scale(lora.rank)))
+
+        return self._worker.submit(sampler_id, run)
+
+    def sample(self, sampler_id: str, request: SampleRequest) -> Future[SampleResponse]:
+        """Queues a sampling request; many share the device, and each resolves when its own rows are done."""
+
+        def admit(future: Future[SampleResponse]) -> None:
+            if (sampler := self._samplers.get(sampler_id)) is None:
+                raise NotFoundError(f"there is no sampling client {sampler_id!r}; was it closed?")
+            self._sampler.submit(request, sampler.key, sampler.adapter, future)
+
+        return self._worker.hand_over(sampler_id, admit)
+
+
+def _groups(lora: LoraConfig) -> tuple[str, ...]:
+    return lora_lib.groups(train_attn=lora.train_attn, train_mlp=lora.train_mlp, train_unembed=lora.train_unembed)
+
+
+def _describe(lora: LoraConfig) -> str:
+    return f"rank {lora.rank} on {', '.join(_groups(lora))}"
+
+
+def _only_targets(datum: Datum) -> Datum:
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    return Datum(model_input=datum.model_input, loss_fn_inputs={} if targets is None else {"target_tokens": targets})
+
+
+def _read_config(directory: Path) -> DecoderConfig:
+    file = directory / "config.json"
+    try:
+        return parse(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise NotFoundError(f"{directory} has no config.json; is it a Hugging Face model directory?") from None
+    except json.JSONDecodeError as error:
+        raise BadRequestError(f"{file} is not valid JSON: {error}.") from None
+
+
+def _stop_ids(directory: Path) -> tuple[int, ...]:
+    """The model's end-of-sequence ids: generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        if file.exists() and (eos := json.loads(file.read_text()).get("eos_token_id")) is not None:
+            return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    return ()
+
+
+class _Text:
+    """Token ids → text, for stop strings. Loads the tokenizer at its first use."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._tokenizer = directory, None
+
+    def __call__(self, tokens: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._directory)
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)

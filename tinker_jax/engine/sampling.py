@@ -1,0 +1,241 @@
+"""The mathematics of drawing tokens: pure functions of logits and of the rows' settings.
+
+Letters as elsewhere: S rows of a decode batch, V vocabulary, C capacity of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinker_jax.kernels.linear_cross_entropy import head_logits
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Cache, Decoder, Params, unembedding
+
+STOP_IDS = 8
+"""Stop ids that the device checks for each row; a longer list is checked on the host after each chunk."""
+
+
+class Rows(NamedTuple):
+    """What differs between the rows of a decode batch. Arrays, so that no value of theirs compiles anything.
+
+    Attributes:
+        token: int32 [S], the newest token, whose key and value are not in the cache yet.
+        position: int32 [S], where that token stands.
+        remaining: int32 [S], how many tokens may still be drawn.
+        live: bool [S]; the other rows are computed and ignored.
+        temperature: float32 [S]; 0 is greedy.
+        top_k: int32 [S]; below 1 is off.
+        top_p: float32 [S]; 1 is off.
+        seed: uint32 [S, 2], see `seed_words`.
+        sample: int32 [S], number of the sample within its request.
+        stop_ids: int32 [S, STOP_IDS]; -1 fills up.
+    """
+
+    token: Any
+    position: Any
+    remaining: Any
+    live: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    seed: Any
+    sample: Any
+    stop_ids: Any
+
+    @classmethod
+    def empty(cls, S: int) -> Rows:
+        """Dead rows, as numpy arrays."""
+        i32, f32 = np.int32, np.float32
+        return cls(
+            token=np.zeros(S, i32),
+            position=np.zeros(S, i32),
+            remaining=np.zeros(S, i32),
+            live=np.zeros(S, bool),
+            temperature=np.ones(S, f32),
+            top_k=np.zeros(S, i32),
+            top_p=np.ones(S, f32),
+            seed=np.zeros((S, 2), np.uint32),
+            sample=np.zeros(S, i32),
+            stop_ids=np.full((S, STOP_IDS), -1, i32),
+        )
+
+
+class Drawn(NamedTuple):
+    """What a chunk of decode steps drew; row s drew `count[s]` tokens, the rest of its columns is filler.
+
+    Attributes:
+        count: int32 [S].
+        tokens: int32 [S, steps].
+        logprobs: float32 [S, steps], see `tempered_logprobs`.
+        top_ids: int32 [S, steps, top], likeliest first.
+        top_logprobs: float32 [S, steps, top].
+    """
+
+    count: Any
+    tokens: Any
+    logprobs: Any
+    top_ids: Any
+    top_logprobs: Any
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """uint32 [2]: any Python int, modulo 2**64, as key data of the threefry generator."""
+    low = seed & (2**64 - 1)
+    return np.array([low >> 32, low & 0xFFFFFFFF], np.uint32)
+
+
+def device_temperature(temperature: float) -> np.float32:
+    """Nearest temperature the device can divide by; 0 stays 0, which means greedy."""
+    limits = np.finfo(np.float32)
+    return np.float32(min(max(temperature, limits.tiny), limits.max)) if temperature > 0 else np.float32(0)
+
+
+def tempered_logprobs(logits_SV: jax.Array, temperature_S: jax.Array) -> jax.Array:
+    """log p_τ = log softmax(logits / τ) over the whole vocabulary, float32 [S, V].
+
+    Greedy rows (τ = 0) report the model's own distribution, τ = 1: the limit itself is one-hot and says nothing.
+    The maximum is subtracted before the division, so that no temperature overflows.
+    """
+    tau_S = jnp.where(temperature_S > 0, temperature_S, 1.0)
+    shifted_SV = logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True)
+    return jax.nn.log_softmax(shifted_SV / tau_S[:, None], axis=-1)
+
+
+def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> jax.Array:
+    """bool [S, V]: which tokens the two filters leave.
+
+    Tokens are ranked by log-probability, equal ones by id, so `top_k` leaves exactly k under ties. `top_p` then leaves
+    the shortest prefix of what `top_k` left whose share of its mass reaches p; the likeliest token always stays.
+    """
+    V = logp_SV.shape[1]
+    ids_SV = jax.lax.broadcasted_iota(jnp.int32, logp_SV.shape, 1)
+    k_S1 = jnp.where((top_k_S < 1) | (top_k_S > V), V, top_k_S)[:, None]
+    p_S1 = top_p_S[:, None]
+    minus_SV, order_SV = jax.lax.sort((-logp_SV, ids_SV), dimension=1, num_keys=2)
+    mass_SV = jnp.where(ids_SV < k_S1, jnp.exp(-minus_SV), 0.0)
+    reached_SV = jnp.cumsum(mass_SV, axis=1)
+    before_SV = jnp.pad(reached_SV[:, :-1], ((0, 0), (1, 0)))
+    within_SV = (ids_SV < k_S1) & ((before_SV < p_S1 * reached_SV[:, -1:]) | (p_S1 >= 1))
+    last_S1 = jnp.sum(within_SV, axis=1, keepdims=True, dtype=jnp.int32) - 1
+    # The mask goes back to the ids through the last token kept, which is cheaper than inverting the permutation.
+    floor_S1 = -jnp.take_along_axis(minus_SV, last_S1, axis=1)
+    last_id_S1 = jnp.take_along_axis(order_SV, last_S1, axis=1)
+    return (logp_SV > floor_S1) | ((logp_SV == floor_S1) & (ids_SV <= last_id_S1))
+
+
+def noise(seed_S: jax.Array, sample_S: jax.Array, position_S: jax.Array, V: int) -> jax.Array:
+    """Gumbel noise [S, V], a function of (seed, sample, position, token id) alone.
+
+    `mode="high"`: the default's 23 random bits never draw tokens less likely than about 1e-7.
+    """
+
+    def row(words, sample, position):
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, sample), position)
+        return jax.random.gumbel(key, (V,), jnp.float32, mode="high")
+
+    return jax.vmap(row)(seed_S, sample_S, position_S)
+
+
+def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token for each row, by the Gumbel-max trick (argmax of log p + noise is distributed as p).
+
+    The noise belongs to the token id, so neither the filters nor the other rows change which noise a token meets. Sort
+    and noise are skipped when no live row needs them.
+
+    Args:
+        logits_SV: float32.
+        rows: settings of the rows.
+        position_S: where the drawn tokens will stand.
+
+    Returns:
+        Token ids int32 [S], and log p_τ of every token [S, V].
+    """
+    V = logits_SV.shape[1]
+    logp_SV = tempered_logprobs(logits_SV, rows.temperature)
+    random_S = rows.live & (rows.temperature > 0)
+    filtered_S = random_S & ((rows.top_p < 1) | ((rows.top_k > 0) & (rows.top_k < V)))
+
+    def filtered(logp_SV):
+        keep_SV = kept_tokens(logp_SV, rows.top_k, rows.top_p) | ~filtered_S[:, None]
+        return jnp.where(keep_SV, logp_SV, -jnp.inf)
+
+    def sampled(logp_SV):
+        allowed_SV = jax.lax.cond(jnp.any(filtered_S), filtered, lambda x: x, logp_SV)
+        noisy_SV = allowed_SV + noise(rows.seed, rows.sample, position_S, V)
+        # Greedy rows compare logits: rounding in the softmax can make two different ones equal.
+        return jnp.where(random_S[:, None], noisy_SV, logits_SV)
+
+    scores_SV = jax.lax.cond(jnp.any(random_S), sampled, lambda _: logits_SV, logp_SV)
+    return jnp.argmax(scores_SV, axis=-1).astype(jnp.int32), logp_SV
+
+
+def decode_chunk(
+    cfg: DecoderConfig,
+    params: Params,
+    adapter: Mapping[str, Any] | None,
+    cache: Cache,
+    rows: Rows,
+    *,
+    steps: int,
+    top: int,
+) -> tuple[Cache, Drawn]:
+    """Up to `steps` tokens for every live row, without leaving the device; ends early when no row is live.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights.
+        adapter: scaled adapter, or None.
+        cache: holds keys and values of each row's tokens before `rows.position`; room for `steps` more.
+        rows: state and settings of the rows.
+        steps: most tokens a row draws.
+        top: how many of the likeliest tokens to report at each step.
+    """
+    decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
+    head = (adapter or {}).get("lm_head")
+    S, C = cache.k.shape[1:3]
+    start = Drawn(
+        count=jnp.zeros((S,), jnp.int32),
+        tokens=jnp.zeros((S, steps), jnp.int32),
+        logprobs=jnp.zeros((S, steps), jnp.float32),
+        top_ids=jnp.zeros((S, steps, top), jnp.int32),
+        top_logprobs=jnp.zeros((S, steps, top), jnp.float32),
+    )
+
+    def unfinished(carry):
+        step, _, rows, _ = carry
+        return (step < steps) & jnp.any(rows.live)
+
+    def one_step(carry):
+        step, cache, rows, drawn = carry
+        # A row that ended at its last place stands one past the cache; it must not leave the array.
+        h_SD, cache = decoder.decode(rows.token, jnp.minimum(rows.position, C - 1), cache, adapter)
+        token_S, logp_SV = draw(head_logits(h_SD, kernel_VD, head), rows, rows.position + 1)
+        drawn = drawn._replace(
+            count=drawn.count + rows.live,
+            tokens=drawn.tokens.at[:, step].set(token_S),
+            logprobs=drawn.logprobs.at[:, step].set(jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]),
+        )
+        if top:
+            values, ids = jax.lax.top_k(logp_SV, top)
+            drawn = drawn._replace(
+                top_ids=drawn.top_ids.at[:, step].set(ids), top_logprobs=drawn.top_logprobs.at[:, step].set(values)
+            )
+        remaining_S = rows.remaining - rows.live
+        stopped_S = jnp.any(rows.stop_ids == token_S[:, None], axis=1)
+        rows = rows._replace(
+            token=jnp.where(rows.live, token_S, rows.token),
+            position=rows.position + rows.live,
+            remaining=remaining_S,
+            live=rows.live & ~stopped_S & (remaining_S > 0),
+        )
+        return step + 1, cache, rows, drawn
+
+    rows = Rows(*(jnp.asarray(x) for x in rows))
+    _, cache, _, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), cache, rows, start))
+    return cache, drawn

@@ -1,0 +1,182 @@
+"""What a prefill reports about the prompts themselves: log-probabilities, top-k, targets, alternative draws.
+
+Everything comes from the hidden states of the prefill through the tiled head; `[tokens, vocab]` logits never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinker_jax.engine.asks import MOST_PER_POSITION, Ask
+from tinker_jax.engine.programs import Program
+from tinker_jax.engine.sampling import noise, tempered_logprobs
+from tinker_jax.kernels.linear_cross_entropy import default_tile, head_logits, linear_cross_entropy, linear_top_k
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Params, unembedding
+from tinker_jax.types.sampling import MASK_LOGPROB, PromptAltTokens, TopkLogprobs
+from tinker_jax.types.tensor_data import TensorData
+
+_WIDTHS = (1, 8, 64, MOST_PER_POSITION + 1)  # one more column, for the prompt's own tokens
+
+
+def width(k: int, most: int = _WIDTHS[-1]) -> int:
+    """The compiled width for k entries a position; 0 stays 0."""
+    return min(next(w for w in _WIDTHS if w >= k), most) if k else 0
+
+
+class Needs(NamedTuple):
+    """Compiled widths of what a prompt is asked for; prompts of equal needs are prefilled together."""
+
+    targets: int
+    top: int
+    alternatives: int
+
+
+def needs(ask: Ask, V: int) -> Needs:
+    """What the request asks about its prompt."""
+    columns = _columns(ask).shape[1]
+    return Needs(width(columns), width(ask.prompt_top, V), width(ask.alternatives))
+
+
+def nothing_to_score(ask: Ask) -> dict[str, Any]:
+    """What `Scorer.score` gives for a prompt of one token, which has no position to score."""
+    empty = np.empty((0, MOST_PER_POSITION + 1), np.float32)
+    return _fields(ask, empty, (empty, empty), (empty, empty))
+
+
+class Scorer:
+    """Scores the prompts of a prefill.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights.
+    """
+
+    def __init__(self, cfg: DecoderConfig, params: Params) -> None:
+        self._cfg, self._params = cfg, params
+        self._targets = Program(self._score_targets, "prompt logprobs")
+        self._top = Program(self._score_top, "prompt top-k", static=["k"])
+        self._alternatives = Program(self._draw, "prompt alternatives", static=["k"])
+
+    @property
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return self._targets.count + self._top.count + self._alternatives.count
+
+    def score(
+        self, asks: Sequence[Ask], adapter: Mapping[str, Any] | None, h_BTD: jax.Array, rank: str
+    ) -> list[dict[str, Any]]:
+        """Scores the prompts of one prefill, all of the same `Needs`.
+
+        Args:
+            asks: one for each of the first rows.
+            adapter: scaled adapter, or None.
+            h_BTD: hidden states; row b, column t stands for token t of prompt b and predicts token t + 1.
+            rank: names the adapter's shape in the log.
+
+        Returns:
+            For each request the fields of `SampleResponse` about the prompt.
+        """
+        B, T, _ = h_BTD.shape
+        need, head = needs(asks[0], self._cfg.V), (adapter or {}).get("lm_head")
+        shape = f"{B}x{T} {rank}"
+        logprobs = np.empty((B, T, 0), np.float32)
+        top = drawn = (logprobs, logprobs)
+        if need.targets:
+            ids = np.zeros((B, T, need.targets), np.int32)
+            for b, ask in enumerate(asks):
+                columns = _columns(ask)
+                ids[b, : columns.shape[0], : columns.shape[1]] = np.maximum(columns, 0)
+            logprobs = self._targets(self._params, head, h_BTD, ids, shape=f"{shape} K={need.targets}")
+        if need.top:
+            top = self._top(self._params, head, h_BTD, k=need.top, shape=shape)
+        if need.alternatives:
+            seed, temperature = np.zeros((B, 2), np.uint32), np.ones(B, np.float32)
+            for b, ask in enumerate(asks):
+                seed[b], temperature[b] = ask.seed, ask.temperature
+            drawn = self._alternatives(self._params, head, h_BTD, seed, temperature, k=need.alternatives, shape=shape)
+        logprobs, top, drawn = jax.device_get((logprobs, top, drawn))
+        return [_fields(ask, logprobs[b], (top[0][b], top[1][b]), (drawn[0][b], drawn[1][b])) for b, ask in enumerate(asks)]
+
+    def _score_targets(self, params, head, h_BTD, targets_BTK):
+        B, T, K = targets_BTK.shape
+        h_MD, targets_MK = h_BTD.reshape(B * T, -1), targets_BTK.reshape(B * T, K)
+        out = linear_cross_entropy(h_MD, unembedding(self._cfg, params), targets_MK, lora=head)
+        return out.logprobs_MK.reshape(B, T, K)
+
+    def _score_top(self, params, head, h_BTD, *, k):
+        B, T, D = h_BTD.shape
+        logprobs, ids = linear_top_k(h_BTD.reshape(B * T, D), unembedding(self._cfg, params), k, lora=head)
+        return ids.reshape(B, T, k), logprobs.reshape(B, T, k)
+
+    def _draw(self, params, head, h_BTD, seed_B, temperature_B, *, k):
+        """k independent draws at the request's temperature at every position; their logprobs are at temperature 1.
+
+        Draw j at position t takes the noise of sample j at t. That noise is free: samples stand behind the prompt.
+        """
+        (B, T, D), V, kernel_VD = h_BTD.shape, self._cfg.V, unembedding(self._cfg, params)
+        draws_k = jnp.arange(k, dtype=jnp.int32)
+
+        def one(row):
+            h_D, seed, temperature, position = row
+            logits_1V = head_logits(h_D[None], kernel_VD, head)
+            logp_1V = tempered_logprobs(logits_1V, temperature[None])
+            noise_kV = noise(jnp.tile(seed[None], (k, 1)), draws_k, jnp.full((k,), position), V)
+            scores_kV = jnp.where(temperature > 0, logp_1V + noise_kV, logits_1V)
+            ids_k = jnp.argmax(scores_kV, axis=-1).astype(jnp.int32)
+            return ids_k, jax.nn.log_softmax(logits_1V[0])[ids_k]
+
+        rows = (
+            h_BTD.reshape(B * T, D),
+            jnp.repeat(seed_B, T, axis=0),
+            jnp.repeat(temperature_B, T),
+            jnp.tile(jnp.arange(1, T + 1, dtype=jnp.int32), B),
+        )
+        ids, logprobs = jax.lax.map(one, rows, batch_size=max(1, default_tile(V) // (k + 2)))
+        return ids.reshape(B, T, k), logprobs.reshape(B, T, k)
+
+
+def _columns(ask: Ask) -> np.ndarray:
+    """int [P - 1, 1 or 0 + K]: the prompt's own next tokens, if asked for, then the caller's targets."""
+    own = ask.prompt[1:, None] if ask.prompt_logprobs else np.empty((len(ask.prompt) - 1, 0), np.int32)
+    return own if ask.target_ids is None else np.concatenate([own, ask.target_ids], axis=1)
+
+
+def _fields(
+    ask: Ask, logprobs_TK: np.ndarray, top: tuple[np.ndarray, np.ndarray], drawn: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
+    """Fields of the response from row t of each array, which speaks of prompt token t + 1."""
+    P = len(ask.prompt)
+    n, first = P - 1, P - min(ask.last_n, P - 1)
+    fields: dict[str, Any] = {}
+    if ask.prompt_logprobs:
+        fields["prompt_logprobs_np"] = own = np.full(P, np.nan, np.float32)
+        own[first:] = logprobs_TK[first - 1 : n, 0]
+    if ask.prompt_top:
+        ids = np.zeros((P, ask.prompt_top), np.int32)
+        values = np.full((P, ask.prompt_top), MASK_LOGPROB, np.float32)
+        ids[first:], values[first:] = (x[first - 1 : n, : ask.prompt_top] for x in top)
+        fields["topk_prompt_logprobs_np"] = TopkLogprobs(ids, values)
+    if ask.targets is not None and ask.target_ids is not None:
+        begin, K = int(ask.prompt_logprobs), ask.target_ids.shape[1]
+        values = np.where(ask.target_ids < 0, np.float32(0), logprobs_TK[:n, begin : begin + K])
+        fields["target_prompt_logprobs"] = _same_layout(ask.targets, values)
+    if ask.alternatives:
+        ids, values = (x[:n, : ask.alternatives] for x in drawn)
+        fields["prompt_alt_tokens"] = PromptAltTokens(
+            TensorData.from_numpy(ids.astype(np.int64)), TensorData.from_numpy(values)
+        )
+    return fields
+
+
+def _same_layout(like: TensorData, values: np.ndarray) -> TensorData:
+    crow, col = like.sparse_crow_indices, like.sparse_col_indices
+    if crow is None or col is None:
+        return TensorData(values, "float32", shape=list(values.shape))
+    rows = np.repeat(np.arange(len(crow) - 1), np.diff(crow))
+    return TensorData(values[rows, col], "float32", list(values.shape), crow, col)

@@ -1,0 +1,277 @@
+"""forward_backward and optim_step of one base model, for any number of adapters.
+
+Pure programs over packed micro-batches, and the host code that feeds them. Nothing here knows threads or clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinker_jax import lora as lora_lib
+from tinker_jax import optim, sharding
+from tinker_jax.engine.memory import Plan
+from tinker_jax.engine.packing import MicroBatch, pack, unpack
+from tinker_jax.engine.programs import Program
+from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
+from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
+from tinker_jax.models import dense
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.weights import lora_targets
+from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
+from tinker_jax.types.loss_specs import LOSS_SPECS
+
+if TYPE_CHECKING:
+    from tinker_jax.types import AdamParams, Datum, LoraConfig
+
+
+@dataclass
+class AdapterState:
+    """One adapter in training. `params` and `opt` are replaced, never changed, so a snapshot is a reference."""
+
+    lora: LoraConfig
+    params: lora_lib.Adapter
+    opt: dict[str, Any]
+    grads: lora_lib.Adapter | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank update."""
+        return lora_lib.scale(self.lora.rank)
+
+
+def groups(lora: LoraConfig) -> tuple[str, ...]:
+    """Trained groups of a LoRA configuration."""
+    return lora_lib.groups(train_attn=lora.train_attn, train_mlp=lora.train_mlp, train_unembed=lora.train_unembed)
+
+
+class Trainer:
+    """Training programs of one base model.
+
+    Args:
+        cfg: shape of the model.
+        params: flat base weights, committed to `mesh`.
+        mesh: devices.
+        plan: micro-batch size and rematerialisation.
+    """
+
+    def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: jax.sharding.Mesh, plan: Plan) -> None:
+        self._cfg, self._params, self._mesh, self._plan = cfg, params, mesh, plan
+        self._targets = lora_targets(cfg)
+        self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        static = ("loss_fn", "backward")
+        self._step = Program(self._step_fn, "train_step", static=static, donate=(2,))
+        self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(0,))
+        self._update = Program(optim.adamw, "optim_step")
+
+    @property
+    def programs(self) -> int:
+        """Number of training programs compiled so far, the optimiser's left out."""
+        return self._step.count
+
+    # ---- adapters ----
+
+    def adapter_shardings(self, lora: LoraConfig) -> lora_lib.Adapter:
+        """Where each factor of an adapter lies."""
+        axes = lora_lib.logical_axes(self._targets, groups(lora))
+        return jax.tree.map(lambda a: sharding.named(self._mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+    def abstract(self, lora: LoraConfig) -> tuple[lora_lib.Adapter, dict[str, Any]]:
+        """Adapter and optimiser state as `ShapeDtypeStruct`s with shardings, for a restore."""
+        shapes = lora_lib.abstract(self._targets, lora.rank, groups(lora))
+
+        def place(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+        adapter = jax.tree.map(place, shapes, self.adapter_shardings(lora))
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
+        return adapter, {"mu": adapter, "nu": adapter, "count": count}
+
+    def new_adapter(self, lora: LoraConfig, seed: int) -> AdapterState:
+        """A fresh adapter; equal seeds give equal values on every mesh."""
+        key = jax.random.key(seed % 2**32)
+        params = lora_lib.init(key, self._targets, lora.rank, groups(lora))
+        params = jax.device_put(params, self.adapter_shardings(lora))
+        return AdapterState(lora, params, self.fresh_optimizer(lora, params))
+
+    def fresh_optimizer(self, lora: LoraConfig, params: lora_lib.Adapter) -> dict[str, Any]:
+        """Zero moments, placed like the adapter."""
+        _, abstract = self.abstract(lora)
+        return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), optim.init(params), abstract)
+
+    # ---- forward_backward ----
+
+    def forward_backward(
+        self, state: AdapterState, data: Sequence[Datum], loss_fn: str, config: Mapping[str, float] | None, *, backward: bool
+    ) -> tuple[list[np.ndarray], dict[str, float]]:
+        """Log-probabilities and metrics of `data`; with `backward`, gradients join `state.grads`.
+
+        Args:
+            state: the adapter.
+            data: checked by `tinker_jax.engine.validate`.
+            loss_fn: name in `LOSS_SPECS`.
+            config: the caller's loss configuration; missing keys take the loss's defaults.
+            backward: also compute gradients.
+
+        Returns:
+            Per datum float32 log-probabilities of its targets, [N] or [N, K], in order; and metrics `name:reduction`.
+        """
+        values = default_config(loss_fn, config)
+        tokens = [model_tokens(datum) for datum in data]
+        batches = pack(
+            tokens,
+            loss_inputs(data, loss_fn, values),
+            token_budget=self._plan.token_budget,
+            row_multiple=self._row_shards,
+        )
+        scale = jnp.float32(state.scale)
+        grads = jax.tree.map(jnp.zeros_like, state.params) if backward else None
+        outputs = []
+        for batch in batches:
+            device_batch = jax.device_put(_arrays(batch), self._rows_of(batch))
+            grads, *output = self._step(
+                state.params,
+                scale,
+                grads,
+                self._params,
+                device_batch,
+                values,
+                shape=_shape(batch, state.lora.rank),
+                loss_fn=loss_fn,
+                backward=backward,
+            )
+            outputs.append(output)
+        host = jax.device_get(outputs)  # one transfer, and the only wait
+        logprobs = unpack(batches, [lp for lp, _ in host], len(data))
+        logprobs = [_like(lp, datum.loss_fn_inputs["target_tokens"].shape) for lp, datum in zip(logprobs, data, strict=True)]
+        metrics = combine_metrics([raw for _, raw in host])
+        if backward:
+            shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
+            state.grads = grads if state.grads is None else self._add(state.grads, grads, shape=shape)
+        return logprobs, metrics
+
+    def _rows_of(self, batch: MicroBatch) -> dict[str, jax.sharding.Sharding]:
+        return {k: sharding.named(self._mesh, ("rows",) + (None,) * (x.ndim - 1)) for k, x in _arrays(batch).items()}
+
+    def _step_fn(self, adapter, scale, total, params, batch, config, *, loss_fn, backward):
+        """One micro-batch: (gradients added to `total`, log-probabilities [B, T(, K)], raw metrics)."""
+        cfg = self._cfg
+        inputs = dict(batch)
+        tokens, positions, segments, sequences = (inputs.pop(k) for k in ("tokens", "positions", "segments", "sequences"))
+        B, T = tokens.shape
+        flat = {k: x.reshape((B * T, *x.shape[2:])) for k, x in inputs.items()}
+        targets = flat.pop("target_tokens")
+
+        def loss(adapter):
+            factors = lora_lib.scaled(adapter, scale)
+            decoder = dense.Decoder(cfg, params)
+            h_MD, _ = decoder.forward(tokens, positions, segments, factors, remat=self._plan.remat)
+            # Gathered over `fsdp` once, or every tile would gather it again.
+            kernel_VD = jax.lax.with_sharding_constraint(
+                dense.unembedding(cfg, params), sharding.named(self._mesh, ("vocab", None))
+            )
+            head = linear_cross_entropy(
+                h_MD,
+                kernel_VD,
+                targets.reshape(B * T, -1),
+                lora=factors.get("lm_head"),
+                entropy=loss_fn != "cross_entropy",
+                tile=default_tile(cfg.V) * self._row_shards,
+            )
+            logprobs = head.logprobs_MK.reshape(targets.shape)
+            packing = Packing(segments.reshape(B * T) > 0, sequences.reshape(B * T), B * T)
+            out = evaluate(loss_fn, logprobs, flat, config, packing, head.entropy_M)
+            return jnp.sum(out.per_token_loss), (logprobs.reshape((B, T, *targets.shape[1:])), out.metrics)
+
+        if not backward:
+            _, (logprobs, raw) = loss(adapter)
+            return None, logprobs, raw
+        grads, (logprobs, raw) = jax.grad(loss, has_aux=True)(adapter)
+        return jax.tree.map(jnp.add, total, grads), logprobs, raw
+
+    # ---- optim_step ----
+
+    def optim_step(self, state: AdapterState, params: AdamParams) -> dict[str, float]:
+        """AdamW on the accumulated gradients, which are gone afterwards.
+
+        Raises:
+            BadRequestError: there are no gradients.
+            UnprocessableEntityError: they are not finite; the step is not applied.
+        """
+        if state.grads is None:
+            raise BadRequestError("optim_step without gradients: call forward_backward first.")
+        hyper = optim.adam_hyper(**{name: getattr(params, name) for name in optim.AdamHyper._fields})
+        shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
+        new, opt, metrics = self._update(state.params, state.grads, state.opt, hyper, shape=shape)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        state.grads = None
+        if not np.isfinite(values["grad_norm"]):
+            raise UnprocessableEntityError(
+                "optim_step: the gradients are not finite; the step was not applied and the gradients were dropped. "
+                "Look for extreme advantages or log-probability ratios, or lower the learning rate."
+            )
+        state.params, state.opt = new, opt
+        return values
+
+
+def model_tokens(datum: Datum) -> np.ndarray:
+    """Token ids of a text datum, int32 [N]."""
+    return np.asarray(datum.model_input.to_ints(), np.int32)
+
+
+def _like(logprobs: np.ndarray, shape: Sequence[int] | None) -> np.ndarray:
+    """What a datum of a mixed batch asked for: [N] or its own K columns."""
+    if logprobs.ndim == 1 or shape is None:
+        return logprobs
+    return logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]
+
+
+def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
+    """What the loss reads of each datum, every datum with the same keys.
+
+    An optional input that some data give is filled in for the others; one that none gives is left to the loss. When any datum
+    has K targets a position, all become [N, K], each with weights, because columns that pad a narrower one must weigh nothing.
+
+    Args:
+        data: checked data.
+        loss_fn: name in `LOSS_SPECS`.
+        config: complete configuration of the loss, whose values stand in for inputs of the same name.
+    """
+    given = set().union(*(datum.loss_fn_inputs for datum in data))
+    wide = any(datum.loss_fn_inputs["target_tokens"].to_numpy().ndim == 2 for datum in data)
+    if wide:
+        given.add("weights")
+    out = []
+    for datum in data:
+        arrays = {}
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        for key, declared in LOSS_SPECS[loss_fn].inputs.items():
+            if key == "target_tokens":
+                arrays[key] = targets.astype(np.int32)
+            elif key in datum.loss_fn_inputs:
+                arrays[key] = datum.loss_fn_inputs[key].to_numpy().astype(np.float32)
+            elif key in given:
+                arrays[key] = np.full(targets.shape, config[key] if declared.default is None else declared.default, np.float32)
+        out.append({key: x[:, None] if wide and x.ndim == 1 else x for key, x in arrays.items()})
+    return out
+
+
+def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
+    return {
+        "tokens": batch.tokens,
+        "positions": batch.positions,
+        "segments": batch.segments,
+        "sequences": batch.sequences,
+        **batch.inputs,
+    }
+
+
+def _shape(batch: MicroBatch, rank: int) -> str:
+    B, T = batch.tokens.shape
+    wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
+    return f"rows={B} length={T} rank={rank}{wide}"
