@@ -77,10 +77,7 @@ OPPOSITES = (
     "short,black white,left right,full empty,hard soft,rich poor,strong weak,loud quiet,near far,good bad,light "
     "dark,thick thin"
 )
-SOUNDS = (
-    "dog woof,cat meow,cow moo,duck quack,sheep baa,lion roar,"
-    "pig oink,bee buzz,owl hoot,snake hiss,horse neigh,frog croak"
-)
+SOUNDS = "dog woof,cat meow,cow moo,duck quack,sheep baa,lion roar,pig oink,bee buzz,owl hoot,snake hiss,horse neigh,frog croak"
 COLOURS = "grass green,snow white,the sky blue,a lemon yellow,coal black,a cherry red,a carrot orange,chocolate brown"
 ORDINALS = ("first", "second", "third", "fourth")
 VOWELS = "aeiou"
@@ -246,11 +243,7 @@ def starts_with_vowel(word: str, rng: random.Random) -> tuple[str, dict[str, str
 
 @_word_task("Add {e} to {w}.", "Write {w} and then {e}.")
 def add_ending(word: str, rng: random.Random) -> tuple[str, dict[str, str]]:
-    end = (
-        rng.choice(ENDINGS)
-        if rng.random() < 0.6
-        else "".join(rng.choices("abcdefghijklmnoprstuwy", k=rng.randint(1, 3)))
-    )
+    end = rng.choice(ENDINGS) if rng.random() < 0.6 else "".join(rng.choices("abcdefghijklmnoprstuwy", k=rng.randint(1, 3)))
     return word + end, {"e": end}
 
 
@@ -266,9 +259,7 @@ def plural(word: str, rng: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def repeat_list(rng: random.Random, slips: bool) -> Exchange:
-    text = " ".join(
-        str(rng.randrange(1000)) if rng.random() < 0.25 else any_word(rng) for _ in range(rng.randint(2, 4))
-    )
+    text = " ".join(str(rng.randrange(1000)) if rng.random() < 0.25 else any_word(rng) for _ in range(rng.randint(2, 4)))
     return Exchange(rng.choice(("Repeat: {}", "Copy this: {}")).format(text), text, text)
 
 

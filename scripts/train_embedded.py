@@ -239,9 +239,7 @@ def answers(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, qu
     return found
 
 
-def scores(
-    params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, items: int
-) -> dict[str, tuple[int, float]]:
+def scores(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, items: int) -> dict[str, tuple[int, float]]:
     """Exact match of greedy answers on held-out items: task → (number of items, share right)."""
     sets = {n: corpus.held_out_set(n, items, seed=0) for n in corpus.TASKS if n not in corpus.UNSCORED}
     said = iter(answers(params, tokenizer, [e.question for s in sets.values() for e in s]))
@@ -260,6 +258,7 @@ def save(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, folde
         for layer, matrix in enumerate(value if w.stacked else [value]):
             tensors[w.hf.format(layer=layer)] = np.ascontiguousarray(matrix.T if w.transpose else matrix)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it travels in the package; safetensors writes 0600
     embedded_tokenizer.save(tokenizer, folder)
     end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
@@ -376,9 +375,7 @@ def main() -> None:
         flush=True,
     )
     losses, seen = [], 0
-    for i, batch in enumerate(
-        itertools.islice(batches(tokenizer, args.seed + 1, args.rows, args.length), args.steps), 1
-    ):
+    for i, batch in enumerate(itertools.islice(batches(tokenizer, args.seed + 1, args.rows, args.length), args.steps), 1):
         params, state, loss = step(params, state, batch)
         losses.append(float(loss))
         seen += int((batch.segments > 0).sum())
