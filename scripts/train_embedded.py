@@ -205,7 +205,7 @@ def greedy(params: dict[str, jax.Array], tokens_SP: jax.Array, lengths_S: jax.Ar
     at = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None], (S, P))
     hidden, cache = model.forward(tokens_SP, at, jnp.ones((S, P), jnp.int32), keep_cache=True)
     assert cache is not None
-    cache = Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, new), (0, 0), (0, 0))) for x in cache))
+    cache = Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))) for x in cache))
     first = jnp.argmax(hidden.reshape(S, P, -1)[jnp.arange(S), lengths_S - 1] @ head.T, axis=-1).astype(jnp.int32)
 
     def step(carry, _):

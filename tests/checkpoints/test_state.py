@@ -180,7 +180,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint_readable(tmp_path, how)
     if how == "kill":
         assert done.returncode == -signal.SIGKILL, done.stderr
     else:
-        assert done.returncode == 1 and done.stderr.startswith("cannot write checkpoint data"), done.stderr
+        assert done.returncode == 1 and "cannot write checkpoint data" in done.stderr, done.stderr
         assert "File too large" in done.stderr
     got, moments = state.load_adapter(Store(tmp_path).get(path).directory, abstract(adapter(0)), abstract(optimizer(0)))
     assert_identical(got, adapter(0))

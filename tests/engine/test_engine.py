@@ -296,7 +296,8 @@ def test_many_threads_train_and_sample_at_once(engine):
 
 def test_a_mesh_trains_samples_and_resumes_like_one_device(engine, checkpoint, tmp_path):
     meshed = Engine(
-        str(checkpoint("qwen3")), EngineConfig(mesh={"data": 2, "fsdp": 2, "tensor": 2}, home=engine.config.home, memory=1 << 30)
+        str(checkpoint("qwen3")),
+        EngineConfig(mesh={"data": 2, "fsdp": 2, "tensor": 2}, home=engine.config.home, memory=1 << 30),
     )
     runs = []
     for runner, name in ((engine, "single:train:0"), (meshed, "meshed:train:0")):

@@ -90,7 +90,9 @@ def test_filters_match_a_plain_loop(logits, top_k, top_p):
     logp = log_softmax(logits).astype(np.float32)
     kept = np.asarray(keep(logp[None], np.int32([top_k]), np.float32([top_p])))[0]
     # Where p falls on the border of a token's mass, rounding may decide either way.
-    allowed = [filtered(np.exp(logp.astype(np.float64)), top_k, p) for p in (top_p - 1e-5, top_p, top_p + 1e-5 if top_p < 1 else top_p)]
+    allowed = [
+        filtered(np.exp(logp.astype(np.float64)), top_k, p) for p in (top_p - 1e-5, top_p, top_p + 1e-5 if top_p < 1 else top_p)
+    ]
     assert set(np.flatnonzero(kept)) in allowed
 
 
@@ -116,9 +118,7 @@ def test_a_row_draws_the_same_token_whatever_the_other_rows_do():
     logits = rng.normal(size=(4, V)).astype(np.float32)
     position = np.int32([3, 9, 9, 2])
     rows = rows_of(4)._replace(seed=rng.integers(0, 2**32, (4, 2), np.uint32))
-    alone = [
-        draw(logits[i : i + 1], sampling.Rows(*(x[i : i + 1] for x in rows)), position[i : i + 1])[0][0] for i in range(4)
-    ]
+    alone = [draw(logits[i : i + 1], sampling.Rows(*(x[i : i + 1] for x in rows)), position[i : i + 1])[0][0] for i in range(4)]
     mixed = rows._replace(temperature=np.float32([1, 0, 3, 1]), top_k=np.int32([0, 0, 2, 0]))
     beside, _ = draw(logits, mixed, position)
     assert beside[0] == alone[0] and beside[3] == alone[3]

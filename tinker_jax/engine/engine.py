@@ -32,7 +32,7 @@ from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine import memory
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.sampler import Sampler
-from tinker_jax.engine.trainer import AdapterState, Trainer
+from tinker_jax.engine.trainer import AdapterState, Trainer, groups
 from tinker_jax.engine.validate import check_data
 from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.config import DecoderConfig, parse
@@ -193,12 +193,9 @@ class Engine:
 
         def run() -> LoraConfig:
             record = self._store.get(path, kinds=("weights",) if with_optimizer else ("weights", "sampler_weights"))
-            lora = self._lora_of(record)
-            if not create and _describe(lora) != _describe(self._adapter(model_id).lora):
-                raise UnprocessableEntityError(
-                    f"{path} holds {_describe(lora)}, but this client trains {_describe(self._adapter(model_id).lora)}; "
-                    "use create_training_client_from_state instead."
-                )
+            lora = _lora_of(record)
+            if not create:
+                self._check_same_kind(record, lora, self._adapter(model_id).lora)
             abstract, abstract_opt = self._trainer.abstract(lora)
             params, opt = load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
             opt = opt if opt is not None else self._trainer.fresh_optimizer(lora, params)
@@ -223,17 +220,17 @@ class Engine:
         except KeyError:
             raise NotFoundError(f"there is no training client {model_id!r}; was it closed?") from None
 
-    def _lora_of(self, record: CheckpointRecord) -> LoraConfig:
+    def _check_same_kind(self, record: CheckpointRecord, saved: LoraConfig, own: LoraConfig) -> None:
+        """A client keeps its base model and its shape; a new client takes them from its caller and the checkpoint."""
         if record.base_model != self.base_model:
             raise UnprocessableEntityError(
                 f"{record.path} was trained on {record.base_model!r}; this client's base model is {self.base_model!r}."
             )
-        return LoraConfig(
-            rank=record.lora_rank,
-            train_mlp=record.train_mlp,
-            train_attn=record.train_attn,
-            train_unembed=record.train_unembed,
-        )
+        if _describe(saved) != _describe(own):
+            raise UnprocessableEntityError(
+                f"{record.path} holds {_describe(saved)}, but this client trains {_describe(own)}; "
+                "use create_training_client_from_state instead."
+            )
 
     # ---- training ----
 
@@ -342,7 +339,7 @@ class Engine:
         def run() -> str:
             start, state = time.perf_counter(), self._adapter(model_id)
             opt = state.opt if kind == "weights" else None
-            meta = {"base_model": self.base_model, "rank": state.lora.rank, "groups": list(_groups(state.lora))}
+            meta = {"base_model": self.base_model, "rank": state.lora.rank, "groups": list(groups(state.lora))}
             record = self._store.write(
                 run_id,
                 kind,
@@ -377,7 +374,7 @@ class Engine:
                 self._samplers[sampler_id] = _SamplerWeights("base", None)
                 return
             record = self._store.get(path)
-            lora = self._lora_of(record)
+            lora = _lora_of(record)
             params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(params, lora_lib.scale(lora.rank)))
 
@@ -394,12 +391,14 @@ class Engine:
         return self._worker.hand_over(sampler_id, admit)
 
 
-def _groups(lora: LoraConfig) -> tuple[str, ...]:
-    return lora_lib.groups(train_attn=lora.train_attn, train_mlp=lora.train_mlp, train_unembed=lora.train_unembed)
+def _lora_of(record: CheckpointRecord) -> LoraConfig:
+    return LoraConfig(
+        rank=record.lora_rank, train_mlp=record.train_mlp, train_attn=record.train_attn, train_unembed=record.train_unembed
+    )
 
 
 def _describe(lora: LoraConfig) -> str:
-    return f"rank {lora.rank} on {', '.join(_groups(lora))}"
+    return f"rank {lora.rank} on {', '.join(groups(lora))}"
 
 
 def _only_targets(datum: Datum) -> Datum:
@@ -437,4 +436,4 @@ class _Text:
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._directory)
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -11,11 +11,8 @@ began, and later requests of its weights only while nobody else waits ahead of t
 from __future__ import annotations
 
 import collections
-import contextlib
-import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -25,49 +22,27 @@ from jax.sharding import Mesh
 
 from tinker_jax.engine.asks import Ask, parse
 from tinker_jax.engine.decode_batch import STEPS, DecodeBatch
+from tinker_jax.engine.jobs import Job, Sample
 from tinker_jax.engine.sampling import STOP_IDS, Drawn
 from tinker_jax.engine.scoring import Scorer, needs, nothing_to_score, width
 from tinker_jax.engine.slots import SLOTS, Budget, CacheShape, power_of_two
 from tinker_jax.engine.stops import first_stop
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.types.errors import BadRequestError, InternalServerError, RequestFailedError, TinkerError
-from tinker_jax.types.sampling import SampledSequence, SampleRequest, SampleResponse, TopkLogprobs
+from tinker_jax.types.errors import BadRequestError, InternalServerError
+from tinker_jax.types.sampling import SampleRequest, SampleResponse
 
 _MIN_PREFILL = 16
 _PREFILL_ROWS = (1, 4, 16)
 _PREFILL_TOKENS = 4096  # prompts are prefilled together up to so many positions; a longer one goes alone
 
 
-@dataclass
-class _Sample:
-    """One sequence as it grows: parts come chunk by chunk."""
-
-    tokens: list[int] = field(default_factory=list)
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request on its way."""
-
-    ask: Ask
-    weights: Hashable
-    adapter: Adapter | None
-    future: Future[SampleResponse]
-    order: int
-    samples: list[_Sample] = field(default_factory=list)
-    done: dict[int, SampledSequence] = field(default_factory=dict)
-    prompt_fields: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def pending(self) -> int:
-        """Samples that have no slot yet."""
-        return self.ask.num_samples - len(self.samples)
-
-
 class Sampler:
     """Draws tokens for many requests at once. One thread owns it and drives it with `step`.
+
+    The noise of a token is a function of (seed, number of the sample, position, token id) alone: a seeded request draws the
+    same tokens whatever else runs. Reported log-probabilities are those of softmax(logits / temperature) over the whole
+    vocabulary, whatever the filters left; at temperature 0 those of temperature 1. Scores of the prompt are at temperature 1.
 
     Args:
         cfg: shape of the model.
@@ -95,7 +70,7 @@ class Sampler:
         self._budget = Budget(2 * cfg.L * cfg.K * cfg.H * dtype.itemsize, kv_bytes, cfg.context_length)
         self._batch = DecodeBatch(cfg, params, mesh, dtype)
         self._scorer = Scorer(cfg, params)
-        self._waiting: collections.deque[_Job] = collections.deque()
+        self._waiting: collections.deque[Job] = collections.deque()
         self._submitted = 0
         self._weights: Hashable = None
         self._turn = 0  # requests submitted before this one may overtake those of other weights
@@ -127,8 +102,8 @@ class Sampler:
         if self._budget.fit(None, 1, len(ask.prompt), ask.need, scratch) is None:
             want = self._budget.bytes(CacheShape(1, self._budget.capacity(ask.need))) + scratch
             raise BadRequestError(
-                f"A prompt of {len(ask.prompt)} tokens with max_tokens={ask.max_tokens} needs {want:,} bytes of key/value cache, "
-                f"but the engine has {self._budget.limit:,}; lower max_tokens, shorten the prompt or give the engine more memory."
+                f"A prompt of {len(ask.prompt)} tokens with max_tokens={ask.max_tokens} needs {want:,} bytes of key/value "
+                f"cache, but the engine has {self._budget.limit:,}; lower max_tokens, shorten the prompt or raise its memory."
             )
         return ask
 
@@ -151,7 +126,7 @@ class Sampler:
             BadRequestError, UnsupportedError: see `parse`; nothing has changed then.
         """
         ask = request if isinstance(request, Ask) else self.parse(request)
-        self._waiting.append(_Job(ask, weights, adapter, future, self._submitted))
+        self._waiting.append(Job(ask, weights, adapter, future, self._submitted))
         self._submitted += 1
 
     def step(self) -> bool:
@@ -194,7 +169,7 @@ class Sampler:
             self._lose_cache(error, jobs)
         self._waiting = collections.deque(job for job in self._waiting if job.pending)
 
-    def _admissible(self) -> list[_Job]:
+    def _admissible(self) -> list[Job]:
         """Requests that may join now, oldest first; a partly admitted one is always among the first."""
         jobs, rows, others = [], 0, False
         for job in self._waiting:
@@ -209,7 +184,7 @@ class Sampler:
                     break
         return jobs
 
-    def _continue(self, job: _Job) -> None:
+    def _continue(self, job: Job) -> None:
         """Seats more samples of a request whose prompt lies in some slot.
 
         There is always such a slot: while samples are pending, freed slots go to them before anything else.
@@ -221,7 +196,7 @@ class Sampler:
         if copies := [(slot, home[0]) for slot in free if slot not in home]:
             self._batch.fork(copies)
 
-    def _plan(self, jobs: list[_Job]) -> tuple[CacheShape | None, list[_Job]]:
+    def _plan(self, jobs: list[Job]) -> tuple[CacheShape | None, list[Job]]:
         """The cache to use, and the requests to admit: as many as memory allows, in order."""
         slots = self._batch.slots
         live, (now, reserve) = slots.live, slots.places(STEPS)
@@ -242,10 +217,10 @@ class Sampler:
             admitted.append(job)
         return shape, admitted
 
-    def _start(self, jobs: list[_Job]) -> None:
+    def _start(self, jobs: list[Job]) -> None:
         """Seats requests and prefills the new prompts, those of one length and one kind together."""
         slots = self._batch.slots
-        groups: dict[Any, list[_Job]] = {}
+        groups: dict[Any, list[Job]] = {}
         for job in jobs:
             if job.samples:
                 self._continue(job)
@@ -262,7 +237,7 @@ class Sampler:
             for first in range(0, len(group), most):
                 self._prefill(group[first : first + most], T)
 
-    def _prefill(self, jobs: Sequence[_Job], T: int) -> None:
+    def _prefill(self, jobs: Sequence[Job], T: int) -> None:
         slots = self._batch.slots
         asks = [job.ask for job in jobs]
         B = next(B for B in _PREFILL_ROWS if B >= len(jobs))
@@ -277,7 +252,7 @@ class Sampler:
             return
         self._batch.insert(prefilled, [(slot, b) for b, job in enumerate(jobs) for slot in slots.owned_by(job)])
 
-    def _seat(self, job: _Job, free: Iterable[int]) -> None:
+    def _seat(self, job: Job, free: Iterable[int]) -> None:
         ask, slots = job.ask, self._batch.slots
         stop_ids = np.full(STOP_IDS, -1, np.int32)
         if len(ask.stop.ids) <= STOP_IDS:
@@ -296,7 +271,7 @@ class Sampler:
                 sample=len(job.samples),
                 stop_ids=stop_ids,
             )
-            job.samples.append(_Sample())
+            job.samples.append(Sample())
 
     def _prefill_length(self, ask: Ask) -> int:
         return power_of_two(len(ask.prompt) - 1, _MIN_PREFILL, self._cfg.context_length)
@@ -345,19 +320,16 @@ class Sampler:
             return
         if end is not None or rows.remaining[slot] == 0:
             slots.release(slot)
-            job.done[index] = _sequence(sample, end, top)
-            if len(job.done) == job.ask.num_samples:
-                sequences = [job.done[i] for i in range(job.ask.num_samples)]
-                _resolve(job.future, SampleResponse(sequences=sequences, **job.prompt_fields))
+            job.end(index, end)
 
     # -- endings -----------------------------------------------------------------------------------------------------
 
-    def _jobs(self) -> list[_Job]:
+    def _jobs(self) -> list[Job]:
         """Requests that wait or have live rows."""
         slots = self._batch.slots
         return list(dict.fromkeys([*self._waiting, *(slots.owner[slot] for slot in slots.live)]))
 
-    def _discard(self, jobs: Iterable[_Job]) -> None:
+    def _discard(self, jobs: Iterable[Job]) -> None:
         """Takes requests out of the queue and frees their slots."""
         gone, slots = set(jobs), self._batch.slots
         if not gone:
@@ -367,41 +339,16 @@ class Sampler:
             if slots.owner[slot] in gone:
                 slots.release(slot)
 
-    def _fail(self, jobs: Iterable[_Job], error: Exception) -> None:
+    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         jobs = list(jobs)
         self._discard(jobs)
         for job in jobs:
-            _reject(job.future, error)
+            job.fail(error)
 
-    def _lose_cache(self, error: Exception, jobs: Iterable[_Job] = ()) -> None:
+    def _lose_cache(self, error: Exception, jobs: Iterable[Job] = ()) -> None:
         """Fails every request that has rows in the cache, and `jobs`; the rest of the queue starts on a new cache.
 
         Programs get the cache donated, so after a failure of one nothing in it can be trusted.
         """
         self._fail({*jobs, *(job for job in self._jobs() if job.samples)}, error)
         self._batch.release()
-
-
-def _sequence(sample: _Sample, end: int | None, top: int) -> SampledSequence:
-    logprobs, ids, values = (np.concatenate(parts)[:end] for parts in zip(*sample.parts, strict=True))
-    return SampledSequence(
-        stop_reason="length" if end is None else "stop",
-        sequence_id=uuid.uuid4().hex,
-        tokens_np=np.asarray(sample.tokens[:end], np.int32),
-        logprobs_np=logprobs,
-        topk_logprobs_np=TopkLogprobs(ids, values) if top else None,
-    )
-
-
-def _resolve(future: Future[SampleResponse], response: SampleResponse) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled while the last chunk ran
-        future.set_result(response)
-
-
-def _reject(future: Future[SampleResponse], error: Exception) -> None:
-    if not isinstance(error, TinkerError):
-        failure = RequestFailedError(f"sampling failed: {type(error).__name__}: {error}", category="server")
-        failure.__cause__ = error
-        error = failure
-    with contextlib.suppress(InvalidStateError):
-        future.set_exception(error)

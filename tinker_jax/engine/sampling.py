@@ -92,7 +92,7 @@ def seed_words(seed: int) -> np.ndarray:
 def device_temperature(temperature: float) -> np.float32:
     """Nearest temperature the device can divide by; 0 stays 0, which means greedy."""
     limits = np.finfo(np.float32)
-    return np.float32(min(max(temperature, limits.tiny), limits.max)) if temperature > 0 else np.float32(0)
+    return np.float32(min(max(temperature, float(limits.tiny)), float(limits.max))) if temperature > 0 else np.float32(0)
 
 
 def tempered_logprobs(logits_SV: jax.Array, temperature_S: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ def decode_chunk(
     """
     decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
     head = (adapter or {}).get("lm_head")
-    S, C = cache.k.shape[1:3]
+    _, S, _, C, _ = cache.k.shape
     start = Drawn(
         count=jnp.zeros((S,), jnp.int32),
         tokens=jnp.zeros((S, steps), jnp.int32),

@@ -14,7 +14,7 @@ import numpy as np
 
 from tinker_jax.engine.sampling import Rows
 
-SLOTS = (1, 4, 16, 64, 256)
+SLOTS = (1, 4, 8, 16, 32, 64, 128, 256)
 MIN_CAPACITY = 128
 # A cache that may have to hold long rows starts at a quarter (a sixteenth, …) of that, but no lower than this: attention
 # reads the whole capacity at every step, while most answers end long before their budget.

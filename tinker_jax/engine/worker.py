@@ -134,7 +134,8 @@ class Worker:
 
     def _pop(self) -> _Request | None:
         """The oldest request whose lane is not held."""
-        for i, request in enumerate(self._queue):
+        # A snapshot: the garbage collector may run a client's finalizer here, which appends to the queue.
+        for i, request in enumerate(list(self._queue)):
             if request.lane not in self._held:
                 del self._queue[i]
                 return request
