@@ -297,7 +297,7 @@ Qwen's chat format. Pig Latin is not in the corpus.
 | seed | {seed} |
 | tokens seen | {tokens:,} in {steps:,} steps of {rows} rows of {length} |
 | final training loss | {loss:.3f} nats a token (tokens outside the assistant's turns weigh {ask}) |
-| run time on 2 CPU cores | {wall:.0f} minutes ({cpu:.0f} minutes of CPU time) |
+| run time on 2 CPU cores | {wall:.0f} minutes of wall clock, {cpu:.0f} minutes of CPU time |
 | optimiser | Muon at {muon} on matrices, Adam at {adam} elsewhere |
 | schedule | {warmup} steps of warm-up, linear decay over the last {decay:.0%} |
 
