@@ -196,7 +196,7 @@ def _as_tokens(tokens: Any) -> Sequence[int]:
     return tuple(ints) if isinstance(tokens, tuple) else ints
 
 
-def _odd_token(field_name: str, tokens: Sequence[Any]) -> BadRequestError:
+def _odd_token(field_name: str, tokens: Any) -> BadRequestError:
     """The error for the first of `tokens` that is no number, or else the first that is too large."""
     for i, token in enumerate(tokens):
         if not isinstance(token, (int, float, np.number, np.bool_)):

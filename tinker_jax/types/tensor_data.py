@@ -37,7 +37,8 @@ class TensorData:
 
     Raises:
         TypeError: no dtype.
-        BadRequestError: unknown dtype, no numbers, non-integral values for int64, a shape that does not fit, broken CSR indices.
+        BadRequestError: unknown dtype, what is no number, non-integral values for int64, a shape that does not fit, broken
+            CSR indices.
     """
 
     dtype: TensorDtype
