@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import threading
 import uuid
 
@@ -224,6 +225,45 @@ def test_bad_data_is_refused_at_the_call_and_changes_nothing(engine, model_id, c
     engine.create_adapter("clean", LORA)
     engine.forward_backward("clean", data(), "cross_entropy", None, backward=True)
     assert engine.optim_step("clean", STEP).result(120).metrics["grad_norm:mean"] == norm
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes", "params", "text"),
+    [
+        ([], {}, {}, "prompt: expected at least one token"),
+        ([tiny.VOCAB], {}, {}, "prompt: token 0 is 300, outside the model's vocabulary of 300"),
+        ([3] * 600, {}, {}, "600 tokens exceed the model's context length of 512"),
+        ([3], {}, {"stop": [tiny.VOCAB]}, r"stop\[0\]: token id 300 is outside"),
+        ([3, 4], {"topk_prompt_logprobs": 999}, {}, "topk_prompt_logprobs: expected at most 300"),
+    ],
+)
+def test_a_bad_sample_request_is_refused_at_the_call_once_the_model_is_known(engine, tokens, changes, params, text):
+    engine.load_sampler("checked", None).result(120)
+    with pytest.raises(BadRequestError, match=text):
+        engine.sample(
+            "checked",
+            SampleRequest(
+                prompt=ModelInput.from_ints(tokens), sampling_params=SamplingParams(max_tokens=2, **params), **changes
+            ),
+        )
+
+
+def test_a_hyperparameter_beyond_float32_is_refused_at_the_call(engine, model_id):
+    with pytest.raises(BadRequestError, match=r"AdamParams.learning_rate must be a finite float32 number, got 1e\+300"):
+        engine.optim_step(model_id, AdamParams(learning_rate=1e300))
+
+
+def test_a_checkpoint_of_another_base_model_names_both(engine, model_id, checkpoint):
+    path = engine.save_state(model_id, model_id, "mine").result(120)
+    other = Engine(str(checkpoint("llama")), engine.config)
+    text = f"{path} was trained on '{engine.base_model}' and does not fit '{other.base_model}': adapter tensor 'layers"
+    for load in (
+        lambda: other.load_adapter("other", path, with_optimizer=False, create=True),
+        lambda: other.load_sampler("other", path),
+    ):
+        with pytest.raises(UnprocessableEntityError, match=re.escape(text)):
+            load().result(120)
+    other.close()
 
 
 def test_a_failed_request_leaves_the_client_usable(engine, model_id):

@@ -11,7 +11,7 @@ from tinker_jax import sharding
 from tinker_jax.engine.memory import Plan
 from tinker_jax.engine.trainer import Trainer
 from tinker_jax.models.weights import weights
-from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput
+from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
 
 PLAN = Plan(token_budget=512, remat="none", kv_bytes=1 << 20)
@@ -174,6 +174,8 @@ def test_targets_of_different_width_share_a_batch():
     state = run.new_adapter(LoraConfig(rank=4), 0)
     shapes = [(3, 2), (3, 5), (3,)]  # none with weights: each of its targets then weighs 1, and no padding column does
     data = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": rng.integers(0, 9, shape)}) for shape in shapes]
+    shapes.append((3,))
+    data.append(Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": TensorData([4, 5, 6], "int64")}))  # no shape
     logprobs, metrics = run.forward_backward(state, data, "cross_entropy", None, backward=False)
     assert [lp.shape for lp in logprobs] == shapes
     alone = [run.forward_backward(state, [d], "cross_entropy", None, backward=False) for d in data]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,12 @@ def _typed(error: BaseException, what: str) -> BaseException:
     failure = RequestFailedError(f"{what} failed: {type(error).__name__}: {error}", category="server")
     failure.__cause__ = error
     return failure
+
+
+def _fail(future: Future[Any], error: BaseException) -> None:
+    """Fails a future; one that was handed over may be cancelled at any moment, which must not end the thread."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)
 
 
 class Worker:
@@ -148,12 +155,12 @@ class Worker:
         elif not request.future.set_running_or_notify_cancel():
             return
         if self._failure is not None:
-            request.future.set_exception(self._failure)
+            _fail(request.future, self._failure)
             return
         try:
             result = request.run()
         except BaseException as error:
-            request.future.set_exception(_typed(error, "the request"))
+            _fail(request.future, _typed(error, "the request"))
             return
         if isinstance(result, Detour):
             self._detour(request, result)
