@@ -115,7 +115,7 @@ class DecodeBatch:
     def _place(self, cache: Cache) -> Cache:
         _, S, K, _, _ = cache.k.shape
         cut = {"rows": S, "kv_heads": K}
-        parts = {axis: _parts(self._mesh, axis) for axis in cut}
+        parts = {axis: sharding.parts(self._mesh, axis) for axis in cut}
         axes = [axis if cut[axis] % parts[axis] == 0 else None for axis in cut]
         where = sharding.named(self._mesh, (None, axes[0], axes[1], None, None))
         return Cache(*(jax.lax.with_sharding_constraint(x, where) for x in cache))
@@ -157,11 +157,6 @@ class DecodeBatch:
     def _chunk(self, params, adapter, cache, rows, *, top):
         cache, drawn = decode_chunk(self._cfg, params, adapter, cache, rows, steps=STEPS, top=top)
         return self._place(cache), drawn
-
-
-def _parts(mesh: Mesh, axis: str) -> int:
-    axes = sharding.RULES[axis]
-    return int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
 
 
 def _name(shape: CacheShape) -> str:
