@@ -404,6 +404,18 @@ def test_a_mesh_trains_samples_and_resumes_like_one_device(engine, checkpoint, t
     meshed.close()
 
 
+def test_a_defect_of_the_sampler_reaches_everyone_who_waits_and_the_engine_goes_on(engine, model_id, monkeypatch):
+    engine.snapshot(model_id, "fragile").result(120)
+    request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(max_tokens=4, stop=[]))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._sampler, "_admit", lambda: 1 / 0)
+        waiting = [engine.sample("fragile", request) for _ in range(2)]
+        for future in waiting:
+            with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+                future.result(120)
+    assert len(engine.sample("fragile", request).result(120).sequences[0].tokens) == 4
+
+
 def test_release_forgets_an_adapter_after_what_is_queued(engine):
     engine.create_adapter("gone", LORA)
     queued = engine.forward_backward("gone", data(), "cross_entropy", None, backward=False)

@@ -167,7 +167,11 @@ class Engine:
         )
 
     def _sample_slice(self) -> bool:
-        return self._sampler.step()
+        try:
+            return self._sampler.step()
+        except Exception as error:  # a defect of the sampler itself: whoever waits must hear of it
+            self._sampler.fail(error)
+            return False
 
     def _unload(self) -> None:
         self._sampler.close()
