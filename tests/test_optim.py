@@ -106,14 +106,14 @@ def test_the_state_is_float32_and_laid_out_as_the_adapter():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": float("nan")}, "AdamParams.learning_rate must be a finite number, got nan"),
+        ({"learning_rate": float("nan")}, "AdamParams.learning_rate must be a finite float32 number, got nan"),
         ({"learning_rate": "1e-4"}, "AdamParams.learning_rate must be a finite number, got '1e-4'"),
         ({"learning_rate": -1.0}, "AdamParams.learning_rate must be at least 0, got -1.0"),
         ({"beta2": 1.0}, r"AdamParams.beta2 must be in \[0, 1\), got 1.0"),
-        ({"learning_rate": 1e39}, "AdamParams.learning_rate must be a finite number, got 1e\\+39"),
+        ({"learning_rate": 1e39}, "AdamParams.learning_rate must be a finite float32 number, got 1e\\+39"),
         ({"beta1": 1 - 1e-9}, r"AdamParams.beta1 must be in \[0, 1\), got 0.999999999"),
         ({"eps": 0.0}, "AdamParams.eps must be above 0, got 0.0"),
-        ({"weight_decay": float("inf")}, "AdamParams.weight_decay must be a finite number"),
+        ({"weight_decay": float("inf")}, "AdamParams.weight_decay must be a finite float32 number"),
         ({"grad_clip_norm": -0.5}, "AdamParams.grad_clip_norm must be at least 0, got -0.5"),
     ],
 )

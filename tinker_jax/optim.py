@@ -53,7 +53,7 @@ def adam_hyper(
         with np.errstate(over="ignore"):
             rounded[name] = np.float32(value)
         if not np.isfinite(rounded[name]):
-            raise BadRequestError(f"AdamParams.{name} must be a finite number, got {value!r}")
+            raise BadRequestError(f"AdamParams.{name} must be a finite float32 number, got {value!r}")
         if name in ("beta1", "beta2") and not 0 <= rounded[name] < 1:
             raise BadRequestError(f"AdamParams.{name} must be in [0, 1), got {value!r}")
         if name == "eps" and rounded[name] <= 0:

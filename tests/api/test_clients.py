@@ -167,7 +167,7 @@ def test_forward_and_forward_backward_differ_in_the_backward_pass_alone(training
     [
         ([], "cross_entropy", "No data provided"),
         (datum(), "cross_entropy", "data: expected a list of Datum, got Datum"),
-        ([datum(), 5], "cross_entropy", r"data\[1\]: datum: expected Datum, got int"),
+        ([datum(), 5], "cross_entropy", r"^data\[1\]: expected Datum, got int$"),
         ([datum()], "nonsense", "unknown loss 'nonsense'"),
     ],
 )
@@ -275,6 +275,9 @@ def test_the_custom_loss_gets_the_callers_own_data(training):
         (lambda data, logprobs: (3.0, {}), ValueError, "must be a torch tensor, got float"),
         (lambda data, logprobs: logprobs[0].sum(), ValueError, r"must return \(loss, metrics dict\), got Tensor"),
         (lambda data, logprobs: (sum(v.sum() for v in logprobs) * torch.tensor(float("nan")), {}), ValueError, "not finite"),
+        (lambda data, logprobs: (torch.cat(logprobs), {}), ValueError, r"must be one number, got shape \[6\]; sum it"),
+        (lambda data, logprobs: (torch.tensor(1.0), {}), ValueError, "does not depend on the logprobs"),
+        (lambda data, logprobs: (torch.cat(logprobs).sum(), {"m": "x"}), ValueError, "metric 'm' .*expected a number, got 'x'"),
     ],
 )
 def test_a_failed_custom_loss_leaves_the_client_usable(training, loss, error, message):
@@ -282,6 +285,12 @@ def test_a_failed_custom_loss_leaves_the_client_usable(training, loss, error, me
     with pytest.raises(error, match=message):
         future.result()
     assert training.forward_backward([datum()], "cross_entropy").result().metrics["loss:sum"] == 1.5
+
+
+def test_a_jax_loss_must_be_one_number(training):
+    future = training.forward_backward_custom([datum()], lambda data, logprobs: (logprobs[0], {}), backend="jax")
+    with pytest.raises(tinker_jax.BadRequestError, match=r"must be one number, got shape \[3\]; sum it"):
+        future.result()
 
 
 def test_custom_losses_are_checked_at_the_call(training):
@@ -559,3 +568,16 @@ def test_what_only_the_cloud_has_is_refused_with_the_way_out(service, training):
 def test_custom_engine_types_are_refused():
     with pytest.raises(tinker_jax.BadRequestError, match="engine: expected EngineConfig, got dict"):
         ServiceClient(engine={"dtype": "float32"})
+
+
+def test_a_local_model_is_remembered_by_its_absolute_path(service, engines, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = {service.create_lora_training_client(name).result().get_info().model_name for name in ("model", "./model/")}
+    assert names == {str(tmp_path / "model")} == set(engines)
+    assert {run.base_model for run in Store(tmp_path).list_runs()} == names
+
+
+def test_a_model_without_a_tokenizer_says_so(training, tmp_path, monkeypatch):
+    with pytest.raises(tinker_jax.NotFoundError, match="/nowhere has no tokenizer that transformers can load"):
+        training.get_tokenizer()

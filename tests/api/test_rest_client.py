@@ -99,6 +99,22 @@ def test_capabilities_name_the_embedded_and_the_loaded_models(rest, service, eng
         assert service.create_rest_client() is service._rest_client()
 
 
+def test_a_model_that_fails_to_load_does_not_hide_the_others(rest, service, engines, monkeypatch):
+    for name in ("base", "broken"):
+        service.create_lora_training_client(name).result()
+    failed = engines["broken"]._pool.submit(lambda: (_ for _ in ()).throw(tinker_jax.NotFoundError("no model")))
+    monkeypatch.setattr(engines["broken"], "info", lambda: failed)
+    models = [m.model_name for m in rest.get_server_capabilities().result().supported_models]
+    assert models == ["tinker-jax/tiny-qwen3", "base"]
+
+
+def test_what_is_no_path_or_configuration_is_refused(rest):
+    with pytest.raises(tinker_jax.BadRequestError, match="Invalid tinker path: None"):
+        rest.get_training_run_by_tinker_path(None).result()
+    with pytest.raises(tinker_jax.BadRequestError, match="engine: expected EngineConfig, got dict"):
+        tinker_jax.RestClient(engine={"home": "x"})
+
+
 def test_calls_do_not_block_the_event_loop(rest, monkeypatch):
     slow = threading.Event()
     monkeypatch.setattr(rest._store, "list_runs", lambda: slow.wait(5) and [])

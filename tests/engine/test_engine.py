@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import threading
 import time
 import uuid
@@ -232,6 +233,45 @@ def test_bad_data_is_refused_at_the_call_and_changes_nothing(engine, model_id, c
     assert engine.optim_step("clean", STEP).result(120).metrics["grad_norm:mean"] == norm
 
 
+@pytest.mark.parametrize(
+    ("tokens", "changes", "params", "text"),
+    [
+        ([], {}, {}, "prompt: expected at least one token"),
+        ([tiny.VOCAB], {}, {}, "prompt: token 0 is 300, outside the model's vocabulary of 300"),
+        ([3] * 600, {}, {}, "600 tokens exceed the model's context length of 512"),
+        ([3], {}, {"stop": [tiny.VOCAB]}, r"stop\[0\]: token id 300 is outside"),
+        ([3, 4], {"topk_prompt_logprobs": 999}, {}, "topk_prompt_logprobs: expected at most 300"),
+    ],
+)
+def test_a_bad_sample_request_is_refused_at_the_call_once_the_model_is_known(engine, tokens, changes, params, text):
+    engine.load_sampler("checked", None).result(120)
+    with pytest.raises(BadRequestError, match=text):
+        engine.sample(
+            "checked",
+            SampleRequest(
+                prompt=ModelInput.from_ints(tokens), sampling_params=SamplingParams(max_tokens=2, **params), **changes
+            ),
+        )
+
+
+def test_a_hyperparameter_beyond_float32_is_refused_at_the_call(engine, model_id):
+    with pytest.raises(BadRequestError, match=r"AdamParams.learning_rate must be a finite float32 number, got 1e\+300"):
+        engine.optim_step(model_id, AdamParams(learning_rate=1e300))
+
+
+def test_a_checkpoint_of_another_base_model_names_both(engine, model_id, checkpoint):
+    path = engine.save_state(model_id, model_id, "mine").result(120)
+    other = Engine(str(checkpoint("llama")), engine.config)
+    text = f"{path} was trained on '{engine.base_model}' and does not fit '{other.base_model}': adapter tensor 'layers"
+    for load in (
+        lambda: other.load_adapter("other", path, with_optimizer=False, create=True),
+        lambda: other.load_sampler("other", path),
+    ):
+        with pytest.raises(UnprocessableEntityError, match=re.escape(text)):
+            load().result(120)
+    other.close()
+
+
 def test_a_failed_request_leaves_the_client_usable(engine, model_id):
     with pytest.raises(BadRequestError, match="optim_step without gradients"):
         engine.optim_step(model_id, STEP).result(120)
@@ -362,6 +402,18 @@ def test_a_mesh_trains_samples_and_resumes_like_one_device(engine, checkpoint, t
     meshed.load_adapter("moved", path, with_optimizer=True, create=True)
     np.testing.assert_allclose(score(meshed, "moved"), single_score, atol=1e-4)
     meshed.close()
+
+
+def test_a_defect_of_the_sampler_reaches_everyone_who_waits_and_the_engine_goes_on(engine, model_id, monkeypatch):
+    engine.snapshot(model_id, "fragile").result(120)
+    request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(max_tokens=4, stop=[]))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._sampler, "_admit", lambda: 1 / 0)
+        waiting = [engine.sample("fragile", request) for _ in range(2)]
+        for future in waiting:
+            with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+                future.result(120)
+    assert len(engine.sample("fragile", request).result(120).sequences[0].tokens) == 4
 
 
 def test_release_forgets_an_adapter_after_what_is_queued(engine):

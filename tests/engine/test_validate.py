@@ -193,6 +193,7 @@ def test_images_are_refused_by_a_text_model(package):
     ("loss_fn", "config", "message"),
     [
         ("reinforce", None, "loss_fn: unknown loss 'reinforce'; known: cross_entropy, importance_sampling, ppo, cispo, dro"),
+        (["ppo"], None, r"loss_fn: unknown loss \['ppo'\]"),
         ("ppo", {"epsilon": 0.2}, r"loss_fn_config: ppo has no key 'epsilon'; known: clip_low_threshold \(default 0.8\)"),
         ("cross_entropy", {"beta": 1.0}, "cross_entropy has no key 'beta'; known: none"),
         ("dro", {"beta": "0.1"}, r"loss_fn_config\['beta'\]: expected a finite number, got '0.1'"),

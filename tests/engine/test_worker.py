@@ -52,6 +52,16 @@ def test_a_cancelled_request_never_runs(worker):
     assert not ran
 
 
+def test_a_handed_over_request_cancelled_while_it_is_refused_does_not_end_the_worker(worker):
+    def refuse(future):
+        future.cancel()
+        raise BadRequestError("no")
+
+    cancelled = worker.hand_over("a", refuse)
+    assert worker.submit("a", lambda: 7).result(5) == 7
+    assert cancelled.cancelled()
+
+
 def test_a_detour_holds_its_own_lane_only_and_may_use_the_worker(worker):
     order = []
     release = threading.Event()

@@ -150,15 +150,20 @@ def test_numpy_token_ids_are_accepted_and_stored_as_python_ints():
     ("tokens", "message"),
     [
         ([1.5], r"tokens\[0\]: expected an integer, got 1.5"),
-        (["1"], "expected integers, got str '1'"),
+        ([1, "a"], r"tokens\[1\]: expected an integer, got str 'a'"),
+        ([1, None], r"tokens\[1\]: expected an integer, got NoneType None"),
+        ([1, [2]], r"tokens\[1\]: expected an integer, got list \[2\]"),
+        ([[1], [2]], r"tokens\[0\]: expected an integer, got list \[1\]"),
+        ([2**63], r"tokens\[0\]: expected an integer below 2\*\*63, got int 9223372036854775808"),
+        ([1, 2**70], r"tokens\[1\]: expected an integer below 2\*\*63"),
+        ([1e300], r"tokens\[0\]: expected an integer below 2\*\*63"),
+        (np.ones((1, 2), np.int64), r"tokens: expected one axis, got shape \[1, 2\]"),
         ("12", "a list of token ids"),
-        ([[1]], "one axis"),
-        ([2**70], "expected integers"),
         (None, "a list of token ids"),
     ],
 )
 def test_what_is_no_token_id_is_refused(tokens, message):
-    with pytest.raises(BadRequestError, match=f"EncodedTextChunk.tokens.*{message}|{message}"):
+    with pytest.raises(BadRequestError, match=f"EncodedTextChunk.tokens: expected {message}|EncodedTextChunk.{message}"):
         EncodedTextChunk(tokens=tokens)
 
 
@@ -225,3 +230,8 @@ def test_subclasses_of_the_sdk_types_are_accepted_and_others_are_not():
     assert coerce(ModelInput, Mine(chunks=[]), "prompt") == ModelInput.empty()
     with pytest.raises(BadRequestError, match="prompt: expected ModelInput, got list"):
         coerce(ModelInput, [1], "prompt")
+
+
+def test_a_missing_number_among_the_loss_inputs_is_refused_when_the_datum_is_made():
+    with pytest.raises(BadRequestError, match=r"loss_fn_inputs\['logprobs'\]: data: expected numbers, got NoneType None"):
+        Datum(ModelInput.empty(), {"logprobs": [None, -1.0]})

@@ -30,6 +30,7 @@ NAN, INF = float("nan"), float("inf")
         ("AdamParams", {"beta1": 1.0}, "AdamParams.beta1: expected a finite number >= 0 and < 1, got float 1.0"),
         ("AdamParams", {"beta2": -0.1}, "AdamParams.beta2"),
         ("AdamParams", {"eps": INF}, "AdamParams.eps"),
+        ("AdamParams", {"eps": 0}, "AdamParams.eps: expected a finite number > 0, got int 0"),
         ("AdamParams", {"weight_decay": -1}, "AdamParams.weight_decay"),
         ("AdamParams", {"grad_clip_norm": -1}, "AdamParams.grad_clip_norm"),
         ("SamplingParams", {"temperature": -0.1}, "SamplingParams.temperature: expected a finite number >= 0"),
@@ -161,6 +162,7 @@ def test_sample_requests_check_what_needs_no_model():
         "http://a/weights/b",
         "tinker:///weights/b",
         "tinker://a/weights/",
+        None,
     ],
 )
 def test_paths_that_are_not_tinker_paths_are_refused(path):

@@ -177,3 +177,36 @@ def test_read_only_memory_is_copied_and_a_copy_is_a_copy():
     copy = tensor.copy()
     copy.to_numpy()[0] = 5
     assert tensor.data == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["1", "2"], "float32"), "data: expected numbers, got str '1'"),
+        ((["1", "2"], "int64"), "data: expected numbers, got str '1'"),
+        (([1.0, None], "float32"), "data: expected numbers, got NoneType None"),
+        (([1, None], "int64"), "data: expected numbers, got NoneType None"),
+        (([1j], "float32"), "data: expected numbers, got complex 1j"),
+        (([[1, 2], [3]], "int64"), "data: expected numbers in a rectangular list, got rows of different lengths"),
+        (([2**70], "int64"), f"data: {2**70} does not fit dtype 'int64'"),
+        (([1e20], "int64"), r"data: 1e\+20 does not fit dtype 'int64'"),
+        (([1, 2], "int64", [-1, 2]), r"shape\[0\]: expected an integer >= 0, got int -1"),
+        (([1, 2], "int64", ["a"]), r"shape\[0\]: expected an integer >= 0, got str 'a'"),
+        (([1, 2], "int64", 2), "shape: expected a list of sizes, got int 2"),
+        (([1], "int64", [1, 1], ["a"], [0]), "sparse_crow_indices: expected integers"),
+        (([1], "int64", [1, 1], [0, 1], [None]), "sparse_col_indices: expected integers"),
+    ],
+)
+def test_what_is_not_a_tensor_is_refused_by_name(arguments, message):
+    with pytest.raises(BadRequestError, match=message):
+        TensorData(*arguments)
+
+
+def test_what_float32_cannot_hold_becomes_infinite_without_a_warning(recwarn):
+    assert TensorData([1e300, -1e300], "float32").data == [float("inf"), -float("inf")]
+    assert not recwarn.list
+
+
+def test_only_arrays_come_from_numpy():
+    with pytest.raises(TypeError, match="from_numpy: expected a numpy array, got list"):
+        TensorData.from_numpy([1])  # type: ignore[arg-type]

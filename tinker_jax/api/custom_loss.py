@@ -59,7 +59,7 @@ def grad_fn(loss_fn: CustomLossFn, data: Sequence[Any], backend: CustomLossBacke
         for i, grad in enumerate(grads):
             if not np.all(np.isfinite(grad)):
                 raise BadRequestError(f"data[{i}]: the custom loss has a gradient that is not finite")
-        return loss, {name: float(value) for name, value in metrics.items()}, grads
+        return loss, {name: _number(name, value) for name, value in metrics.items()}, grads
 
     return run
 
@@ -79,6 +79,10 @@ def _torch_gradients(loss_fn: CustomLossFn, data: list[Any], logprobs: list[np.n
         loss, metrics = _unpack(loss_fn(data, tensors))
         if not isinstance(loss, torch.Tensor):
             raise BadRequestError(f"the custom loss must be a torch tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise BadRequestError(f"the custom loss must be one number, got shape {list(loss.shape)}; sum it")
+        if not loss.requires_grad:
+            raise BadRequestError("the custom loss does not depend on the logprobs, so it has no gradient")
         loss.backward()
     for i, tensor in enumerate(tensors):
         if tensor.grad is None:
@@ -93,11 +97,21 @@ def _jax_gradients(loss_fn: CustomLossFn, data: list[Any], logprobs: list[np.nda
     import jax.numpy as jnp
 
     def loss_of(arrays: list[jax.Array]) -> tuple[jax.Array, Any]:
-        return _unpack(loss_fn(data, arrays))
+        loss, metrics = _unpack(loss_fn(data, arrays))
+        if jnp.shape(loss) != ():
+            raise BadRequestError(f"the custom loss must be one number, got shape {list(jnp.shape(loss))}; sum it")
+        return loss, metrics
 
     arrays = [jnp.asarray(values, dtype=jnp.float32) for values in logprobs]
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(arrays)
     return float(loss), metrics, [np.asarray(grad) for grad in grads]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadRequestError(f"metric {name!r} of the custom loss: expected a number, got {value!r}") from None
 
 
 def _unpack(returned: Any) -> tuple[Any, Any]:

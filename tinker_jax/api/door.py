@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, load_tokenizer
+from tinker_jax.engine.config import EngineConfig
 from tinker_jax.types import Datum
 from tinker_jax.types.coerce import coerce, looks_like
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
@@ -27,6 +30,8 @@ def training_data(data: Any) -> list[Datum]:
         raise BadRequestError("No data provided")
     batch = []
     for i, item in enumerate(data):
+        if not looks_like(Datum, item):
+            raise BadRequestError(f"data[{i}]: expected Datum, got {type(item).__name__}")
         try:
             batch.append(coerce(Datum, item, "datum").copy())
         except (BadRequestError, TypeError) as error:
@@ -35,12 +40,20 @@ def training_data(data: Any) -> list[Datum]:
 
 
 def base_model_name(base_model: Any) -> str:
-    """A model name."""
+    """A model name. A local directory's is its absolute path, so that a checkpoint finds its base model from anywhere."""
     if not isinstance(base_model, str) or not base_model:
         raise BadRequestError(
             f"base_model: expected a hub id, a local directory or an embedded model's name, got {base_model!r}"
         )
-    return base_model
+    local = os.path.abspath(os.path.expanduser(base_model))
+    return local if os.path.isdir(local) and not base_model.startswith(EMBEDDED_PREFIX) else base_model
+
+
+def engine_config(engine: Any) -> EngineConfig:
+    """The configuration of a client; None is the default one."""
+    if engine is not None and not isinstance(engine, EngineConfig):
+        raise BadRequestError(f"engine: expected EngineConfig, got {type(engine).__name__}")
+    return engine or EngineConfig()
 
 
 def refuse_other_optimizers(optimizer: Any) -> None:
@@ -71,8 +84,6 @@ def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, from its directory."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory)
+def tokenizer_of(directory: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's directory, one object for all clients."""
+    return load_tokenizer(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeVar
 from tinker_jax.api import session as sessions
 from tinker_jax.api.admin_client import AdminClient
 from tinker_jax.api.deprecation import final_twin
+from tinker_jax.api.door import engine_config
 from tinker_jax.api.futures import APIFuture, AwaitableConcurrentFuture
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.types import (
@@ -28,7 +30,7 @@ from tinker_jax.types import (
     WeightsInfoResponse,
 )
 from tinker_jax.types._check import integer
-from tinker_jax.types.errors import NotFoundError, UnsupportedError
+from tinker_jax.types.errors import NotFoundError, TinkerError, UnsupportedError
 
 if TYPE_CHECKING:
     from tinker_jax.checkpoints.store import CheckpointRecord, RunRecord, Store
@@ -66,7 +68,7 @@ class RestClient:
         api_key: str | None = None,
         engine: EngineConfig | None = None,
     ) -> None:
-        self._config = engine or EngineConfig()
+        self._config = engine_config(engine)
 
     @functools.cached_property
     def _store(self) -> Store:
@@ -240,7 +242,8 @@ class RestClient:
 
             lengths: dict[str, int | None] = {EMBEDDED_MODEL: None}
             for engine in loaded_engines():
-                lengths[engine.base_model] = engine.info().result().context_length
+                with contextlib.suppress(TinkerError, RuntimeError):  # it failed to load, or was closed, meanwhile
+                    lengths[engine.base_model] = engine.info().result().context_length
             models = [
                 SupportedModel(model_name=name, max_context_length=length, trainable=True, sampleable=True)
                 for name, length in lengths.items()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinker_jax.api.client_future import BackcompatClientFuture
 from tinker_jax.api.deprecation import final_twin, future_twin
-from tinker_jax.api.door import base_model_name, load_tokenizer
+from tinker_jax.api.door import base_model_name, tokenizer_of
 from tinker_jax.api.futures import APIFuture, Derived, DerivedAPIFuture
 from tinker_jax.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
@@ -102,7 +102,7 @@ class SamplingClient:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
-        return load_tokenizer(self._info.directory)
+        return tokenizer_of(self._info.directory)
 
     def get_base_model(self) -> str:
         """Name of the base model."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from tinker_jax.api.custom_loss import PerDatumLossFn
 from tinker_jax.api.deprecation import final_twin, warn
-from tinker_jax.api.door import check_metadata, refuse_other_optimizers
+from tinker_jax.api.door import check_metadata, engine_config, refuse_other_optimizers
 from tinker_jax.api.futures import AwaitableConcurrentFuture
 from tinker_jax.api.rest_client import RestClient
 from tinker_jax.api.sampling_client import BackcompatSamplingClientFuture, open_sampling_client
@@ -50,11 +50,9 @@ class ServiceClient:
     ) -> None:
         if kwargs:
             warnings.warn(f"ServiceClient ignores unknown arguments: {', '.join(sorted(kwargs))}", FutureWarning, stacklevel=2)
-        if engine is not None and not isinstance(engine, EngineConfig):
-            raise BadRequestError(f"engine: expected EngineConfig, got {type(engine).__name__}")
+        self._config = engine_config(engine)
         if user_metadata is not None:
             check_metadata(user_metadata)
-        self._config = engine or EngineConfig()
         self._session = Session(self._config, user_metadata, display_name)
         self._rest_lock = threading.Lock()
         self._rest: RestClient | None = None
@@ -73,7 +71,8 @@ class ServiceClient:
         """A client that trains a fresh LoRA adapter, which at first changes nothing.
 
         Args:
-            base_model: hub id, local Hugging Face directory, or `"tinker-jax/tiny-qwen3"`, which is embedded.
+            base_model: hub id, local Hugging Face directory (remembered by its absolute path), or
+                `"tinker-jax/tiny-qwen3"`, which is embedded.
             rank: >= 1. The update of a weight is scaled by 32 / rank.
             seed: of the adapter; None: drawn anew.
             train_mlp, train_attn, train_unembed: which weights get an adapter; at least one.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from tinker_jax.api.client_future import BackcompatClientFuture
 from tinker_jax.api.custom_loss import CustomLossBackend, CustomLossFn, LossHandle, grad_fn, with_custom_metrics
 from tinker_jax.api.deprecation import final_twin, future_twin, warn
-from tinker_jax.api.door import base_model_name, check_metadata, check_save, load_tokenizer, training_data
+from tinker_jax.api.door import base_model_name, check_metadata, check_save, tokenizer_of, training_data
 from tinker_jax.api.futures import APIFuture, AwaitableConcurrentFuture, Derived
 from tinker_jax.api.sampling_client import BackcompatSamplingClientFuture, open_sampling_client, sampling_client_of
 from tinker_jax.types import (
@@ -299,7 +299,7 @@ class TrainingClient:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
-        return load_tokenizer(self._info.directory)
+        return tokenizer_of(self._info.directory)
 
     def get_console_url(self) -> NoReturn:
         """Refused: there is no console."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinker_jax.types.errors import APIConnectionError, NotFoundError, PermissionDeniedError, StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDED_PREFIX = "tinker-jax/"
 #: Weights, configuration, tokenizer and chat template; nothing in subfolders (original checkpoints, onnx, …).
@@ -40,6 +44,23 @@ def resolve(base_model: str) -> Path:
             f"embedded models are {_embedded_names()}."
         )
     return _download(base_model)
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's directory.
+
+    Raises:
+        NotFoundError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # what is raised for a missing or damaged file changes from version to version
+        why = str(error).partition("\n")[0]
+        raise NotFoundError(
+            f"{directory} has no tokenizer that transformers can load: {type(error).__name__}: {why}"
+        ) from error
 
 
 def _embedded_root() -> Path:

@@ -266,7 +266,14 @@ class Store:
         """
         run_id, kind, name = parse_path(path)
         if kind not in kinds:
-            raise BadRequestError(f"{path!r} is a checkpoint of kind {kind!r}; expected kind {' or '.join(map(repr, kinds))}.")
+            hint = (
+                " save_weights_for_sampler leaves the optimizer's state out; save_state keeps it."
+                if kinds == ("weights",)
+                else ""
+            )
+            raise BadRequestError(
+                f"{path!r} is a checkpoint of kind {kind!r}; expected kind {' or '.join(map(repr, kinds))}.{hint}"
+            )
         pointer = self._read_pointer(run_id, kind, name)
         if pointer is None:
             if self._read_run(run_id) is None:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+import tinker_jax
 from tinker_jax.checkpoints.records import CheckpointRecord
 from tinker_jax.checkpoints.store import Store
 from tinker_jax.types.errors import TinkerError
 
+_DESCRIPTION = "Look after the checkpoints of tinker_jax, and export them. An error is one line on stderr and exit status 2."
 _FAILED = 2
 _INTERRUPTED = 130
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tinker-jax", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tinker-jax", description=_DESCRIPTION)
     _shared_options(parser, format="table", home=None)
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -133,7 +135,7 @@ def _checkpoint_delete(args: argparse.Namespace) -> None:
     if not args.yes:
         print("\n".join(args.paths))
         try:
-            answer = input(f"Delete {len(args.paths)} checkpoints? [y/N] ")
+            answer = input("Delete for good? [y/N] ")
         except EOFError:
             answer = ""
         if answer.strip().lower() not in ("y", "yes"):
@@ -156,12 +158,7 @@ def _run_list(args: argparse.Namespace) -> None:
 
 
 def _version(args: argparse.Namespace) -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        print(version("tinker-jax"))
-    except PackageNotFoundError:
-        raise TinkerError("the package is not installed, so its version is unknown; run pip install on its directory") from None
+    print(tinker_jax.__version__)
 
 
 def _plain(record: Any) -> dict[str, Any]:

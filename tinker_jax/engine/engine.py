@@ -12,7 +12,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,13 @@ import numpy as np
 from tinker_jax import lora as lora_lib
 from tinker_jax import sharding
 from tinker_jax.checkpoints.hf_import import load_base
-from tinker_jax.checkpoints.hub import resolve
+from tinker_jax.checkpoints.hub import load_tokenizer, resolve
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine import memory
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.sampler import Sampler
-from tinker_jax.engine.trainer import AdapterState, Trainer, groups
+from tinker_jax.engine.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.engine.validate import check_data
 from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.config import DecoderConfig, parse
@@ -167,7 +167,11 @@ class Engine:
         )
 
     def _sample_slice(self) -> bool:
-        return self._sampler.step()
+        try:
+            return self._sampler.step()
+        except Exception as error:  # a defect of the sampler itself: whoever waits must hear of it
+            self._sampler.fail(error)
+            return False
 
     def _unload(self) -> None:
         self._sampler.close()
@@ -199,7 +203,8 @@ class Engine:
             if not create:
                 self._check_same_kind(record, lora, self._adapter(model_id).lora)
             abstract, abstract_opt = self._trainer.abstract(lora)
-            params, opt = load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
+            with self._fitting(record):
+                params, opt = load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
             opt = opt if opt is not None else self._trainer.fresh_optimizer(lora, params)
             self._adapters[model_id] = AdapterState(lora, params, opt)
             return lora
@@ -221,6 +226,16 @@ class Engine:
             return self._adapters[model_id]
         except KeyError:
             raise NotFoundError(f"there is no training client {model_id!r}; was it closed?") from None
+
+    @contextlib.contextmanager
+    def _fitting(self, record: CheckpointRecord) -> Iterator[None]:
+        """Names checkpoint and base model where their shapes differ."""
+        try:
+            yield
+        except UnprocessableEntityError as error:
+            raise UnprocessableEntityError(
+                f"{record.path} was trained on {record.base_model!r} and does not fit {self.base_model!r}: {error}"
+            ) from error
 
     def _check_same_kind(self, record: CheckpointRecord, saved: LoraConfig, own: LoraConfig) -> None:
         """A client keeps its base model and its shape; a new client takes them from its caller and the checkpoint."""
@@ -302,7 +317,12 @@ class Engine:
         return self._worker.submit(model_id, forward)
 
     def optim_step(self, model_id: str, params: AdamParams) -> Future[OptimStepResponse]:
-        """One AdamW step on the accumulated gradients."""
+        """One AdamW step on the accumulated gradients.
+
+        Raises:
+            BadRequestError: a hyperparameter that float32 cannot hold.
+        """
+        hyperparameters(params)
 
         def run() -> OptimStepResponse:
             metrics = self._trainer.optim_step(self._adapter(model_id), params)
@@ -377,18 +397,24 @@ class Engine:
                 return
             record = self._store.get(path)
             lora = _lora_of(record)
-            params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
+            with self._fitting(record):
+                params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(params, lora_lib.scale(lora.rank)))
 
         return self._worker.submit(sampler_id, run)
 
     def sample(self, sampler_id: str, request: SampleRequest) -> Future[SampleResponse]:
-        """Queues a sampling request; many share the device, and each resolves when its own rows are done."""
+        """Queues a sampling request; many share the device, and each resolves when its own rows are done.
+
+        Raises:
+            BadRequestError, UnsupportedError: the request, as soon as the model is known.
+        """
+        checked = request if self._info is None else self._sampler.parse(request)
 
         def admit(future: Future[SampleResponse]) -> None:
             if (sampler := self._samplers.get(sampler_id)) is None:
                 raise NotFoundError(f"there is no sampling client {sampler_id!r}; was it closed?")
-            self._sampler.submit(request, sampler.key, sampler.adapter, future)
+            self._sampler.submit(checked, sampler.key, sampler.adapter, future)
 
         return self._worker.hand_over(sampler_id, admit)
 
@@ -431,11 +457,10 @@ class _Text:
     """Token ids → text, for stop strings. Loads the tokenizer at its first use."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory, self._tokenizer = directory, None
+        self._directory = directory
+        self._tokenizer: Any = None
 
     def __call__(self, tokens: Sequence[int]) -> str:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self._directory)
-        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            self._tokenizer = load_tokenizer(self._directory)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -149,6 +149,11 @@ class Sampler:
             self._batch.release()  # an idle sampler leaves the memory to training
         return busy
 
+    def fail(self, error: Exception) -> None:
+        """Fails every request and starts afresh."""
+        self._fail(self._jobs(), error)
+        self._batch.release()
+
     def close(self) -> None:
         """Cancels every request and gives the memory back."""
         for job in self._jobs():

@@ -199,7 +199,7 @@ def decode_chunk(
     """
     decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
     head = (adapter or {}).get("lm_head")
-    S, C = cache.k.shape[1:3]
+    _, S, _, C, _ = cache.k.shape
     start = Drawn(
         count=jnp.zeros((S,), jnp.int32),
         tokens=jnp.zeros((S, steps), jnp.int32),

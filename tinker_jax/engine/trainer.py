@@ -148,9 +148,8 @@ class Trainer:
             outputs.append(output)
         host = jax.device_get(outputs)  # one transfer, and the only wait
         logprobs = unpack(batches, [lp for lp, _ in host], len(data))
-        logprobs = [
-            _like(lp, datum.loss_fn_inputs["target_tokens"].to_numpy()) for lp, datum in zip(logprobs, data, strict=True)
-        ]
+        shapes = [datum.loss_fn_inputs["target_tokens"].to_numpy().shape for datum in data]
+        logprobs = [_like(lp, shape) for lp, shape in zip(logprobs, shapes, strict=True)]
         metrics = combine_metrics([raw for _, raw in host])
         if backward:
             shape = _adapter_shape(state.lora)
@@ -207,7 +206,7 @@ class Trainer:
         """
         if state.grads is None:
             raise BadRequestError("optim_step without gradients: call forward_backward first.")
-        hyper = optim.adam_hyper(**{name: getattr(params, name) for name in optim.AdamHyper._fields})
+        hyper = hyperparameters(params)
         shape = _adapter_shape(state.lora)
         new, opt, metrics = self._update(state.params, state.grads, state.opt, hyper, shape=shape)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -221,12 +220,17 @@ class Trainer:
         return values
 
 
+def hyperparameters(params: AdamParams) -> optim.AdamHyper:
+    """What the compiled step takes; BadRequestError names a value that float32 cannot hold."""
+    return optim.adam_hyper(**{name: getattr(params, name) for name in optim.AdamHyper._fields})
+
+
 def model_tokens(datum: Datum) -> np.ndarray:
     """Token ids of a text datum, int32 [N]."""
     return np.asarray(datum.model_input.to_ints(), np.int32)
 
 
-def _like(logprobs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _like(logprobs: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """What a datum of a mixed batch asked for: [N] or its own K columns."""
     if logprobs.ndim == 1:
         return logprobs

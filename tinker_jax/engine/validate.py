@@ -57,7 +57,7 @@ def check_loss(loss_fn: str, config: Mapping[str, Any] | None = None) -> LossSpe
     Raises:
         BadRequestError: unknown loss, unknown key, a value that is not a finite number, bounds that cross.
     """
-    if loss_fn not in LOSS_SPECS:
+    if not isinstance(loss_fn, str) or loss_fn not in LOSS_SPECS:
         raise BadRequestError(f"loss_fn: unknown loss {loss_fn!r}; known: {', '.join(LOSS_SPECS)}")
     spec = LOSS_SPECS[loss_fn]
     if config is not None and not isinstance(config, Mapping):

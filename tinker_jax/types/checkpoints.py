@@ -51,8 +51,9 @@ class ParsedCheckpointTinkerPath:
     def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
         """Parse; ValueError for any other form."""
         scheme = "tinker://"
-        parts = tinker_path.removeprefix(scheme).split("/")
-        if not tinker_path.startswith(scheme) or len(parts) != 3 or not all(parts) or parts[1] not in _KIND_TO_TYPE:
+        text = tinker_path if isinstance(tinker_path, str) else ""
+        parts = text.removeprefix(scheme).split("/")
+        if not text.startswith(scheme) or len(parts) != 3 or not all(parts) or parts[1] not in _KIND_TO_TYPE:
             raise BadRequestError(
                 f"Invalid tinker path: {tinker_path}; expected tinker://<run>/<{'|'.join(_KIND_TO_TYPE)}>/<name>"
             )

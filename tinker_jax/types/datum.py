@@ -161,12 +161,5 @@ def _list_to_tensor(key: str, value: list[Any]) -> TensorData:
             f"loss_fn_inputs[{key!r}]: the dtype of a list follows from its key, and this key is not one of "
             f"{', '.join(_KEY_DTYPES)}; pass TensorData(data, dtype) or a numpy array"
         )
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise BadRequestError("expected numbers in a rectangular list, got rows of different lengths") from None
-    if array.dtype.kind == "O":
-        array = np.asarray(value, dtype=np.float32)
-    if array.dtype.kind not in "iufb":
-        raise BadRequestError(f"expected numbers, got {type(array.flat[0].item()).__name__} {array.flat[0].item()!r}")
-    return TensorData(array, _KEY_DTYPES[key], shape=list(array.shape))
+    tensor = TensorData(value, _KEY_DTYPES[key])
+    return replace(tensor, shape=list(tensor.to_numpy().shape))

@@ -178,17 +178,31 @@ def _as_tokens(tokens: Any) -> Sequence[int]:
     field_name = "EncodedTextChunk.tokens"
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray)):
         raise _check.refuse(field_name, "a list of token ids", tokens)
-    array = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
-    if array.ndim != 1:
+    try:
+        array = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
+    except ValueError:  # nested lists of different lengths
+        raise _odd_token(field_name, tokens) from None
+    if isinstance(tokens, np.ndarray) and array.ndim != 1:
         raise BadRequestError(f"{field_name}: expected one axis, got shape {list(array.shape)}")
-    if array.dtype.kind not in "iubf":
-        raise BadRequestError(f"{field_name}: expected integers, got {type(tokens[0]).__name__} {tokens[0]!r}")
+    if array.ndim != 1 or array.dtype.kind not in "iubf":
+        raise _odd_token(field_name, tokens)
     if array.dtype.kind == "f":
         wrong = np.flatnonzero(~(np.isfinite(array) & (array == np.trunc(array))))
         if wrong.size:
             raise BadRequestError(f"{field_name}[{wrong[0]}]: expected an integer, got {array[wrong[0]]}")
+    if array.dtype.kind in "uf" and (array >= 2.0**63).any():
+        raise _odd_token(field_name, tokens)
     ints = array.astype(np.int64, copy=False).tolist()
     return tuple(ints) if isinstance(tokens, tuple) else ints
+
+
+def _odd_token(field_name: str, tokens: Any) -> BadRequestError:
+    """The error for the first of `tokens` that is no number, or else the first that is too large."""
+    for i, token in enumerate(tokens):
+        if not isinstance(token, (int, float, np.number, np.bool_)):
+            return _check.refuse(f"{field_name}[{i}]", "an integer", token)
+    i = next(i for i, token in enumerate(tokens) if abs(token) >= 2**63)
+    return _check.refuse(f"{field_name}[{i}]", "an integer below 2**63", tokens[i])
 
 
 def _as_bytes(value: Any, field_name: str) -> bytes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from tinker_jax.types import _check
 from tinker_jax.types.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ class TensorData:
 
     Raises:
         TypeError: no dtype.
-        BadRequestError: unknown dtype, non-integral values for int64, a shape that does not fit, broken CSR indices.
+        BadRequestError: unknown dtype, what is no number, non-integral values for int64, a shape that does not fit, broken
+            CSR indices.
     """
 
     dtype: TensorDtype
@@ -58,7 +62,7 @@ class TensorData:
         if dtype not in _NUMPY_DTYPES:
             raise BadRequestError(f"dtype: expected 'int64' or 'float32', got {dtype!r}")
         values = _as_array(_numpy if data is None and _numpy is not None else data, dtype)
-        shape = None if shape is None else [int(size) for size in shape]
+        shape = None if shape is None else _as_shape(shape)
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             sparse_crow_indices, sparse_col_indices = _check_csr(values, shape, sparse_crow_indices, sparse_col_indices)
         elif shape is not None and list(values.shape) != shape:
@@ -80,6 +84,8 @@ class TensorData:
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any]) -> TensorData:
         """A dense tensor of `array`: floats become float32, signed integers int64; other kinds are a ValueError."""
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"from_numpy: expected a numpy array, got {type(array).__name__}")
         if array.dtype.kind not in "fi":
             raise BadRequestError(f"Unsupported numpy dtype: {array.dtype}; expected floats or signed integers (cast it first)")
         return cls(array, "float32" if array.dtype.kind == "f" else "int64", shape=list(array.shape))
@@ -138,21 +144,54 @@ class TensorData:
 
 
 def _as_array(data: Any, dtype: str) -> np.ndarray:
-    """`data` in the numpy dtype of `dtype`, writable; refuses what the cast would change beyond rounding."""
+    """`data` in the numpy dtype of `dtype`, writable; refuses what is no number, and for int64 what the cast would change.
+    Beyond float32's range a float becomes infinite."""
     if data is None:
         return np.empty(0, dtype=_NUMPY_DTYPES[dtype])
-    source = data if isinstance(data, np.ndarray) else np.asarray(data)
-    if source.dtype.kind == "O" or (source.dtype.kind in "US" and dtype == "int64"):
-        source = np.asarray(data, dtype=_NUMPY_DTYPES[dtype])
+    try:
+        source = data if isinstance(data, np.ndarray) else np.asarray(data)
+    except ValueError:
+        raise BadRequestError("data: expected numbers in a rectangular list, got rows of different lengths") from None
+    if source.dtype.kind not in "biufV":  # V: bfloat16
+        source = _from_objects(data, dtype)
     if dtype == "int64" and source.dtype.kind == "f":
         wrong = source[~(np.isfinite(source) & (source == np.trunc(source)))]
         if wrong.size:
             raise BadRequestError(f"data: expected integers for dtype 'int64', got {wrong.flat[0]}")
-    if dtype == "int64" and source.dtype.kind == "u" and source.size and source.max() > np.iinfo(np.int64).max:
-        raise BadRequestError(f"data: {source.max()} does not fit dtype 'int64'")
-    values = source.astype(_NUMPY_DTYPES[dtype], copy=False)
+    if dtype == "int64" and source.dtype.kind in "uf" and (large := np.abs(source) >= 2.0**63).any():
+        raise BadRequestError(f"data: {source[large].flat[0]} does not fit dtype 'int64'")
+    with np.errstate(over="ignore"):
+        values = source.astype(_NUMPY_DTYPES[dtype], copy=False)
     # torch warns about, and could write through, read-only memory such as a memory map.
     return values if values.flags.writeable else values.copy()
+
+
+def _from_objects(data: Any, dtype: str) -> np.ndarray:
+    """`data` whose items numpy has no number type for: huge integers, say, or text among the numbers."""
+    for item in _items(data):
+        if not isinstance(item, Real) and (isinstance(item, np.generic) or not hasattr(item, "__float__")):
+            raise _check.refuse("data", "numbers", item)
+    try:
+        return np.asarray(data, dtype=_NUMPY_DTYPES[dtype])
+    except OverflowError:
+        largest = max(_items(data), key=abs)
+        raise BadRequestError(f"data: {largest} does not fit dtype {dtype!r}") from None
+
+
+def _items(data: Any) -> Iterator[Any]:
+    if isinstance(data, (list, tuple)):
+        for part in data:
+            yield from _items(part)
+    else:
+        yield from data.flat if isinstance(data, np.ndarray) else (data,)
+
+
+def _as_shape(shape: Any) -> list[int]:
+    try:
+        sizes = list(shape)
+    except TypeError:
+        raise _check.refuse("shape", "a list of sizes", shape) from None
+    return [_check.integer(size, f"shape[{i}]", minimum=0) for i, size in enumerate(sizes)]
 
 
 def _check_csr(
@@ -164,7 +203,7 @@ def _check_csr(
         raise BadRequestError(f"shape: a sparse tensor needs [rows, columns], got {shape}")
     if values.ndim != 1:
         raise BadRequestError(f"data: the values of a sparse tensor are one flat list, got {values.ndim} axes")
-    pointers, columns = np.asarray(crow, dtype=np.int64), np.asarray(col, dtype=np.int64)
+    pointers, columns = _as_indices("sparse_crow_indices", crow), _as_indices("sparse_col_indices", col)
     rows, width = shape
     if pointers.shape != (rows + 1,) or pointers[0] != 0 or pointers[-1] != values.size or np.any(np.diff(pointers) < 0):
         raise BadRequestError(
@@ -176,6 +215,13 @@ def _check_csr(
     if np.any((np.diff(row_of) == 0) & (np.diff(columns) <= 0)):
         raise BadRequestError("sparse_col_indices: columns of a row must ascend and not repeat")
     return pointers.tolist(), columns.tolist()
+
+
+def _as_indices(name: str, indices: Any) -> np.ndarray:
+    try:
+        return np.asarray(indices, dtype=np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRequestError(f"{name}: expected integers: {error}") from None
 
 
 def _check_pad_value(pad_value: Any) -> int:

@@ -55,7 +55,7 @@ class AdamParams:
     Attributes:
         learning_rate: >= 0.
         beta1, beta2: in [0, 1).
-        eps: >= 0, added to the square root of the second moment.
+        eps: > 0, added to the square root of the second moment.
         weight_decay: >= 0, decoupled.
         grad_clip_norm: largest global gradient norm; 0 does not clip.
     """
@@ -69,8 +69,9 @@ class AdamParams:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
             put(self, name, _check.real(getattr(self, name), f"AdamParams.{name}", minimum=0))
+        put(self, "eps", _check.real(self.eps, "AdamParams.eps", above=0))
         for name in ("beta1", "beta2"):
             put(self, name, _check.real(getattr(self, name), f"AdamParams.{name}", minimum=0, below=1))
 
