@@ -1,7 +1,8 @@
 """The embedded model's tokenizer: bytes, plus the words its instructions are made of.
 
-Text is cut into words, single digits and single other characters. A frequent word of the instructions is one token; every other
-piece falls apart into its bytes. So the model sees the letters of the words it works on, and any Unicode text survives the round trip.
+Text is cut into words, single digits and single other characters. A frequent word of the instructions is one token;
+every other piece falls apart into its bytes. So the model sees the letters of the words it works on, and any Unicode
+text survives the round trip.
 """
 
 from __future__ import annotations

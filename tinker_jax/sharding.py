@@ -6,6 +6,7 @@ width and vocabulary. GSPMD derives the collectives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,12 @@ def named(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device of the mesh."""
     return NamedSharding(mesh, P())
+
+
+def parts(mesh: Mesh, axis: str) -> int:
+    """How many pieces the mesh cuts a logical axis into."""
+    mesh_axes = RULES[axis]
+    return math.prod(mesh.shape[a] for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
 
 
 def check_divisible(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:

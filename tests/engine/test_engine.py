@@ -4,8 +4,11 @@ import gc
 import logging
 import re
 import threading
+import time
 import uuid
+import weakref
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -155,8 +158,11 @@ def test_sampling_does_not_change_training(engine):
 def test_adapters_of_one_base_do_not_touch_each_other(engine, model_id):
     other = "other:train:0"
     engine.create_adapter(other, LORA)
+    train(engine, other, 1)
     before = score(engine, other)
     train(engine, model_id, 2)
+    engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True)
+    engine.optim_step(model_id, AdamParams(learning_rate=0.1, weight_decay=0.5))
     np.testing.assert_array_equal(score(engine, other), before)
 
 
@@ -310,6 +316,39 @@ def test_a_custom_loss_gives_the_gradients_of_the_built_in_one(engine, model_id)
     assert custom_step.result(120).metrics["grad_norm:mean"] == plain_step.result(120).metrics["grad_norm:mean"]
 
 
+def test_a_bfloat16_engine_trains_in_float32_and_reports_float32_logprobs(checkpoint, tmp_path):
+    engine = Engine(str(checkpoint("qwen3")), EngineConfig(home=tmp_path, dtype="bfloat16"))
+    engine.create_adapter("low", LORA)
+    batch, losses = data(1), []
+    for _ in range(12):
+        out = engine.forward_backward("low", batch, "cross_entropy", None, backward=True)
+        engine.optim_step("low", STEP)
+        losses.append(out.result(120).metrics["loss:sum"])
+    assert losses[-1] < 0.7 * losses[0]
+    state = engine._adapters["low"]
+    assert {x.dtype.name for x in engine._params.values()} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves((state.params, state.opt["mu"], state.opt["nu"]))} == {"float32"}
+
+    tokens = data(5, (200,))[0].model_input.to_ints()
+    engine.snapshot("low", "low-sampler")
+
+    def trainer(tokens):
+        datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
+        out = engine.forward_backward("low", [datum], "cross_entropy", None, backward=False).result(120)
+        return out.loss_fn_outputs[0]["logprobs"].to_numpy()
+
+    scores = trainer(tokens)
+    assert len(set(scores.tolist())) > 0.9 * len(scores)  # bfloat16 would leave a few dozen values
+    np.testing.assert_allclose(prompt_logprobs(engine, "low-sampler", tokens), scores, atol=1e-5)
+    request = SampleRequest(
+        prompt=ModelInput.from_ints(tokens[:30]), sampling_params=SamplingParams(max_tokens=40, stop=[], seed=1)
+    )
+    (drawn,) = engine.sample("low-sampler", request).result(120).sequences
+    gap = np.asarray(drawn.logprobs) - trainer(tokens[:30] + drawn.tokens)[29:]
+    assert np.sqrt(np.mean(gap**2)) < 0.05
+    engine.close()
+
+
 def test_many_threads_train_and_sample_at_once(engine):
     def client(i, out):
         name = f"thread-{i}:train:0"
@@ -365,6 +404,18 @@ def test_a_mesh_trains_samples_and_resumes_like_one_device(engine, checkpoint, t
     meshed.close()
 
 
+def test_a_defect_of_the_sampler_reaches_everyone_who_waits_and_the_engine_goes_on(engine, model_id, monkeypatch):
+    engine.snapshot(model_id, "fragile").result(120)
+    request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(max_tokens=4, stop=[]))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._sampler, "_admit", lambda: 1 / 0)
+        waiting = [engine.sample("fragile", request) for _ in range(2)]
+        for future in waiting:
+            with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+                future.result(120)
+    assert len(engine.sample("fragile", request).result(120).sequences[0].tokens) == 4
+
+
 def test_release_forgets_an_adapter_after_what_is_queued(engine):
     engine.create_adapter("gone", LORA)
     queued = engine.forward_backward("gone", data(), "cross_entropy", None, backward=False)
@@ -405,3 +456,19 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
     )
     assert sum(m.startswith("wrote tinker://log:train:0/weights/a") for m in messages) == 1
     gc.collect()
+
+
+def test_closing_ends_what_is_under_way_and_frees_the_weights(checkpoint, tmp_path):
+    engine = Engine(str(checkpoint("llama")), EngineConfig(home=tmp_path))
+    engine.create_adapter("a", LORA)
+    engine.snapshot("a", "s").result(120)
+    request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(stop=[]), num_samples=4)
+    sampling = [engine.sample("s", request) for _ in range(3)]
+    while not engine._sampler.live_slots:
+        time.sleep(0.01)
+    weights = [*engine._params.values(), *engine._adapters["a"].params["lm_head"].values()]
+    alive = [weakref.ref(x) for x in weights]
+    del weights
+    engine.close()
+    assert all(future.cancelled() or future.result(0) for future in sampling)
+    assert not [ref for ref in alive if ref() is not None]

@@ -2,7 +2,7 @@
 
 import tiny
 
-from tinker_jax.engine.memory import activation_bytes, base_bytes, plan
+from tinker_jax.engine.memory import Plan, activation_bytes, base_bytes, plan
 from tinker_jax.models.config import DecoderConfig, Rope, parse
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
@@ -26,6 +26,20 @@ def test_a_large_device_keeps_activations_and_a_small_one_recomputes():
     assert small.kv_bytes < (20 << 30) - base_bytes(QWEN3_8B, 2)
 
 
-def test_a_mesh_shares_the_weights():
-    alone, shared = plan(QWEN3_8B, 2, 24 << 30), plan(QWEN3_8B, 2, 24 << 30, devices=8)
-    assert shared.token_budget > alone.token_budget and shared.kv_bytes > 8 * alone.kv_bytes
+def test_a_mesh_that_cuts_the_weights_leaves_each_device_more():
+    alone = plan(QWEN3_8B, 2, 30 << 30)
+    for mesh in ({"fsdp": 8}, {"tensor": 8}):
+        shared = plan(QWEN3_8B, 2, 30 << 30, mesh)
+        assert shared.kv_bytes > 1.8 * alone.kv_bytes
+    assert (alone.remat, plan(QWEN3_8B, 2, 30 << 30, {"fsdp": 8}).remat) == ("full", "none")
+
+
+def test_data_parallelism_multiplies_rows_but_frees_no_memory():
+    alone, copies = plan(QWEN3_8B, 2, 20 << 30), plan(QWEN3_8B, 2, 20 << 30, {"data": 8})
+    assert copies == Plan(8 * alone.token_budget, alone.remat, alone.kv_bytes)
+
+
+def test_the_residual_stream_is_not_cut_by_tensor_parallelism():
+    alone, cut = (activation_bytes(QWEN3_8B, 2, "none", tensor=n) for n in (1, 8))
+    assert alone / 8 < cut < alone
+    assert cut > QWEN3_8B.L * 4 * QWEN3_8B.D * 2

@@ -74,6 +74,12 @@ def test_top_p_keeps_the_shortest_prefix_under_ties():
         assert keep(logp, np.zeros(1, np.int32), np.float32([top_p])).sum() == count, top_p
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-50])
+def test_the_likeliest_token_stays_under_the_smallest_top_p(top_p):
+    logits = jax.nn.log_softmax(jnp.asarray([[1.0, 3.0, 3.0, 0.0]]))
+    assert keep(logits, jnp.asarray([-1]), jnp.asarray([top_p], jnp.float32)).tolist() == [[False, True, False, False]]
+
+
 def test_top_p_applies_to_what_top_k_left():
     logp = np.log(np.float32([[0.4, 0.3, 0.2, 0.1]]))
     assert keep(logp, np.int32([2]), np.float32([0.57])).sum() == 1  # 0.4 / 0.7 = 0.571

@@ -46,6 +46,12 @@ def test_capacities_are_few_and_end_at_the_context():
     assert budget.capacities(1, 5000) == [512, 2048, 5000]
 
 
+def test_rows_that_cannot_be_cut_count_whole_on_every_device():
+    budget = Budget(token_bytes=1, limit=1 << 20, context=4096, row_parts=8)
+    assert budget.bytes(CacheShape(16, 128)) == 16 * 128 // 8
+    assert budget.bytes(CacheShape(4, 128)) == 4 * 128
+
+
 def test_moving_keeps_live_rows_and_their_owners():
     slots = Slots(CacheShape(4, 128))
     for slot, owner in [(1, "a"), (2, "b"), (3, "c")]:

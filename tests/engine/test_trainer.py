@@ -172,10 +172,10 @@ def test_targets_of_different_width_share_a_batch():
     rng = np.random.default_rng(0)
     run = trainer()
     state = run.new_adapter(LoraConfig(rank=4), 0)
-    shapes = [(3, 2), (3, 5), (3,)]  # none with weights: each of its targets then weighs 1, and no padding column does
+    shapes = [(3, 2), (3, 5), (3,), (3,)]  # none with weights: each of its targets weighs 1, and no padding column does
     data = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": rng.integers(0, 9, shape)}) for shape in shapes]
-    shapes.append((3,))
-    data.append(Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": TensorData([4, 5, 6], "int64")}))  # no shape
+    flat = TensorData(data=[4, 5, 6], dtype="int64")  # made without a shape
+    data[-1] = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": flat})
     logprobs, metrics = run.forward_backward(state, data, "cross_entropy", None, backward=False)
     assert [lp.shape for lp in logprobs] == shapes
     alone = [run.forward_backward(state, [d], "cross_entropy", None, backward=False) for d in data]
@@ -256,6 +256,25 @@ def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
     mesh = sharding.make_mesh({"tensor": 8})
     with pytest.raises(BadRequestError, match=r"model.k_proj: dimension 1 \(kv_heads\) has size 20.*'tensor' of size 8"):
         sharding.check_divisible("model.k_proj", (32, 20), ("embed", "kv_heads"), mesh)
+
+
+def test_targets_of_any_width_compile_few_programs():
+    run = trainer()
+    state = run.new_adapter(LoraConfig(rank=2, train_mlp=False, train_unembed=False), 0)
+    rng = np.random.default_rng(0)
+    for width in range(1, 17):
+        wide = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": rng.integers(0, 9, (3, width))})
+        ((lp,), _) = run.forward_backward(state, [wide], "cross_entropy", None, backward=False)
+        assert lp.shape == (3, width)
+    assert run.programs <= 5 and run._step._jit._cache_size() == run.programs
+
+
+def test_adapters_of_equal_rank_on_other_modules_count_as_programs_of_their_own():
+    run = trainer()
+    for flags in ({"train_mlp": False}, {"train_attn": False}):
+        state = run.new_adapter(LoraConfig(rank=2, train_unembed=False, **flags), 0)
+        run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=False)
+    assert run.programs == run._step._jit._cache_size() == 2
 
 
 def test_random_lengths_compile_few_programs():

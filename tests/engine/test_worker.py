@@ -1,7 +1,9 @@
 """The worker keeps order within a lane, isolates failures, and lets other lanes pass a lane that waits for its caller."""
 
+import concurrent.futures
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -131,3 +133,124 @@ def test_close_cancels_what_waits_and_ends_the_thread():
     assert waiting.cancelled() and not closer.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         worker.submit("a", lambda: 1)
+
+
+def test_a_cancellation_that_races_with_an_error_does_not_end_the_thread(worker):
+    def cancelled_under_way(future):
+        assert future.cancel()
+        raise BadRequestError("too late")
+
+    doomed = worker.hand_over("a", cancelled_under_way)
+    assert worker.submit("a", lambda: 7).result(5) == 7
+    assert doomed.cancelled()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callback_that_exits_does_not_end_the_thread(worker):
+    gate = threading.Event()
+
+    def exit_thread(_):
+        raise SystemExit
+
+    first = worker.submit("a", gate.wait)
+    first.add_done_callback(exit_thread)
+    gate.set()
+    assert worker.submit("a", lambda: 7).result(5) == 7
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_background_work_that_raises_is_logged_and_does_not_end_the_thread(caplog):
+    raised = threading.Event()
+
+    def background():
+        raised.set()
+        raise ZeroDivisionError
+
+    worker = Worker("test", lambda: None, background)
+    worker.hand_over("s", lambda future: None)
+    assert raised.wait(5)
+    assert worker.submit("a", lambda: 7).result(5) == 7
+    assert "background work failed" in caplog.text
+    worker.close()
+
+
+def test_a_custom_loss_under_way_when_the_worker_closes_does_not_leave_its_caller_waiting():
+    worker = Worker("test", lambda: None, lambda: False)
+    begun, gate = threading.Event(), threading.Event()
+
+    def outside():
+        begun.set()
+        gate.wait(5)
+
+    custom = worker.submit("a", lambda: Detour(outside, lambda _: "inside"))
+    later = worker.submit("a", lambda: 1)
+    assert begun.wait(5)
+    worker.close()
+    with pytest.raises(RequestFailedError, match="closed while the caller's own loss ran"):
+        custom.result(5)
+    assert later.cancelled()
+    gate.set()
+
+
+def test_close_hands_over_to_the_background_what_it_has_not_finished():
+    ends = []
+    worker = Worker("test", lambda: None, lambda: False, stop=lambda: ends.append(threading.current_thread().name))
+    worker.submit("a", lambda: 1).result(5)
+    worker.close()
+    assert ends == ["test"]
+
+
+def test_what_close_cancels_counts_as_done_for_those_who_wait_for_several():
+    worker = Worker("test", lambda: None, lambda: False)
+    gate = threading.Event()
+    worker.submit("a", gate.wait)
+    waiting = worker.submit("a", lambda: 1)
+    handed = worker.hand_over("b", lambda future: None)
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    gate.set()
+    closer.join(5)
+    assert concurrent.futures.wait([waiting, handed], timeout=1).not_done == set()
+
+
+def test_a_failed_start_ends_the_thread_and_lets_go_of_what_it_had_loaded():
+    class Weights:
+        pass
+
+    loaded = []
+
+    def start():
+        weights = Weights()
+        loaded.append(weakref.ref(weights))
+        raise BadRequestError("out of memory")
+
+    worker = Worker("test-failed-start", start, lambda: False)
+    with pytest.raises(BadRequestError):
+        worker.submit("a", lambda: 1).result(5)
+    worker.close()
+    assert loaded[0]() is None
+    assert not [t for t in threading.enumerate() if t.name == "test-failed-start"]
+    with pytest.raises(BadRequestError, match="out of memory"):
+        worker.submit("a", lambda: 1).result(5)
+
+
+def test_a_custom_loss_that_would_begin_after_close_is_refused():
+    worker = Worker("test", lambda: None, lambda: False)
+    gate, ran = threading.Event(), []
+
+    def forward():
+        gate.wait(5)
+        return Detour(lambda: ran.append(1), lambda _: None)
+
+    custom = worker.submit("a", forward)
+    while not custom.running():
+        time.sleep(0.01)
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    while not worker._closing:
+        time.sleep(0.01)
+    gate.set()
+    closer.join(5)
+    with pytest.raises(RequestFailedError, match="closed while"):
+        custom.result(5)
+    assert not ran

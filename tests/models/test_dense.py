@@ -40,7 +40,7 @@ def test_forward_and_decode_match_transformers(family):
 
     # The cache is longer than the prompt, and what lies beyond it is garbage that must not be seen.
     past = dense.empty_cache(cfg, 2, 96, jnp.float32)
-    past = dense.Cache(*(x.at[:].set(9.0).at[:, :, :60].set(new[:, :, :60]) for x, new in zip(past, cache, strict=True)))
+    past = dense.Cache(*(x.at[:].set(9.0).at[:, :, :, :60].set(new[:, :, :, :60]) for x, new in zip(past, cache, strict=True)))
     for position in range(60, T):
         ours, past = step(params, ids[:, position], position, past)
         np.testing.assert_allclose(ours, expected[:, position], atol=1e-4)

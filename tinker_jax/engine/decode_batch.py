@@ -84,7 +84,7 @@ class DecodeBatch:
         self._cache = cache
 
     def prefill(self, prompts: Sequence[np.ndarray], B: int, T: int) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] and keys and values [L, B, T, K, H] of prompts of at most T tokens, at most B of them."""
+        """Hidden states [B, T, D] and keys and values [L, B, K, T, H] of prompts of at most T tokens, at most B of them."""
         tokens, lengths = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for b, prompt in enumerate(prompts):
             tokens[b, : len(prompt)], lengths[b] = prompt, len(prompt)
@@ -92,7 +92,7 @@ class DecodeBatch:
 
     def insert(self, prefilled: Cache, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies prefilled rows into slots: (slot, row) pairs."""
-        _, B, T, _, _ = prefilled.k.shape
+        _, B, _, T, _ = prefilled.k.shape
         shape = f"{B}x{T} to {_name(self.slots.shape)}"
         self._cache = self._copy(self._cache, prefilled, *_pairs(pairs, self.slots.shape), shape=shape)
 
@@ -113,22 +113,22 @@ class DecodeBatch:
         return jax.device_get(drawn)
 
     def _place(self, cache: Cache) -> Cache:
-        _, S, _, K, _ = cache.k.shape
+        _, S, K, _, _ = cache.k.shape
         cut = {"rows": S, "kv_heads": K}
-        parts = {axis: _parts(self._mesh, axis) for axis in cut}
+        parts = {axis: sharding.parts(self._mesh, axis) for axis in cut}
         axes = [axis if cut[axis] % parts[axis] == 0 else None for axis in cut]
-        where = sharding.named(self._mesh, (None, axes[0], None, axes[1], None))
+        where = sharding.named(self._mesh, (None, axes[0], axes[1], None, None))
         return Cache(*(jax.lax.with_sharding_constraint(x, where) for x in cache))
 
     def _empty(self, *, rows: int, capacity: int) -> Cache:
         return self._place(empty_cache(self._cfg, rows, capacity, self._dtype))
 
     def _copy_rows(self, cache: Cache, source: Cache, to: jax.Array, origin: jax.Array, count: jax.Array) -> Cache:
-        width = min(cache.k.shape[2], source.k.shape[2])
+        width = min(cache.k.shape[3], source.k.shape[3])
 
         def one(i, cache):
             def put(x, y):
-                row = jax.lax.dynamic_slice_in_dim(y, origin[i], 1, axis=1)[:, :, :width]
+                row = jax.lax.dynamic_slice_in_dim(y, origin[i], 1, axis=1)[:, :, :, :width]
                 return jax.lax.dynamic_update_slice_in_dim(x, row.astype(x.dtype), to[i], axis=1)
 
             return Cache(put(cache.k, source.k), put(cache.v, source.v))
@@ -157,11 +157,6 @@ class DecodeBatch:
     def _chunk(self, params, adapter, cache, rows, *, top):
         cache, drawn = decode_chunk(self._cfg, params, adapter, cache, rows, steps=STEPS, top=top)
         return self._place(cache), drawn
-
-
-def _parts(mesh: Mesh, axis: str) -> int:
-    axes = sharding.RULES[axis]
-    return int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
 
 
 def _name(shape: CacheShape) -> str:

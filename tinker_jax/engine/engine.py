@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import json
 import logging
 import secrets
@@ -110,8 +109,7 @@ class Engine:
         self._adapters: dict[str, AdapterState] = {}
         self._samplers: dict[str, _SamplerWeights] = {}
         self._info: ModelInfo | None = None
-        self._names = itertools.count()
-        self._worker = Worker(f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision)
+        self._worker = Worker(f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision, self._unload)
 
     @property
     def failed(self) -> bool:
@@ -119,10 +117,8 @@ class Engine:
         return self._worker.failure is not None
 
     def close(self) -> None:
-        """Ends the worker thread; later requests raise RuntimeError."""
+        """Ends the worker thread and frees the device memory; later requests raise RuntimeError."""
         self._worker.close()
-        self._adapters.clear()
-        self._samplers.clear()
 
     # ---- loading, on the worker ----
 
@@ -143,8 +139,8 @@ class Engine:
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
         params = load_base(directory, table, dtype, shardings)
         budget = self.config.memory or memory.device_bytes()
-        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.size)
-        self._cfg, self._mesh, self._table = cfg, mesh, table
+        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape)
+        self._params = params
         self._store = Store(self.config.home)
         self._trainer = Trainer(cfg, params, mesh, plan)
         self._sampler = Sampler(
@@ -171,7 +167,17 @@ class Engine:
         )
 
     def _sample_slice(self) -> bool:
-        return self._sampler.step()
+        try:
+            return self._sampler.step()
+        except Exception as error:  # a defect of the sampler itself: whoever waits must hear of it
+            self._sampler.fail(error)
+            return False
+
+    def _unload(self) -> None:
+        self._sampler.close()
+        self._adapters.clear()
+        self._samplers.clear()
+        self._params.clear()  # the one dict that trainer and sampler share: clients may hold on to this engine for long
 
     # ---- adapters ----
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -14,6 +15,7 @@ import jax
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Remat
 from tinker_jax.models.weights import weights
+from tinker_jax.sharding import MESH_AXES
 
 _MOST_TOKENS = 8192  # larger micro-batches gain nothing measurable and lengthen the wait of other requests
 _LEAST_TOKENS = 2048
@@ -21,7 +23,7 @@ _LEAST_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits: positions per micro-batch, rematerialisation policy, bytes for the key/value cache."""
+    """What fits: positions per micro-batch, rematerialisation policy, bytes for the key/value cache on each device."""
 
     token_budget: int
     remat: Remat
@@ -41,26 +43,35 @@ def base_bytes(cfg: DecoderConfig, itemsize: int) -> int:
     return itemsize * sum(math.prod(w.full_shape) for w in weights(cfg))
 
 
-def activation_bytes(cfg: DecoderConfig, itemsize: int, remat: Remat) -> int:
-    """Bytes a token keeps from the forward for the backward pass, with one layer's working set.
+def activation_bytes(cfg: DecoderConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:
+    """Bytes a token keeps from the forward for the backward pass, with one layer's working set, on each device.
 
     A layer keeps its two normed inputs, q, k, v and the attention output, gate, up and their product, and the residual
-    stream; with full rematerialisation every layer keeps its input alone.
+    stream; with full rematerialisation every layer keeps its input alone. `tensor` devices share heads and feed-forward
+    width, but each holds the model's full width.
     """
-    layer = 4 * cfg.D + 3 * cfg.N * cfg.H + 4 * cfg.K * cfg.H + 4 * cfg.F
+    layer = 4 * cfg.D + -(-(3 * cfg.N * cfg.H + 4 * cfg.K * cfg.H + 4 * cfg.F) // tensor)
     kept = cfg.L * layer if remat == "none" else cfg.L * cfg.D + 2 * layer
     return itemsize * kept
 
 
-def plan(cfg: DecoderConfig, itemsize: int, memory: int, devices: int = 1) -> Plan:
-    """Divides `memory` bytes a device, over `devices` that share weights and rows.
+def plan(cfg: DecoderConfig, itemsize: int, memory: int, mesh: Mapping[str, int] | None = None) -> Plan:
+    """Divides the `memory` bytes of each device.
 
-    After the frozen weights a fifth goes to keys and values and half to activations; the rest is left to adapters,
-    optimiser state and XLA's temporaries. Activations are kept when a useful micro-batch fits, else rematerialised.
+    After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
+    and half to the activations of its rows; the rest is left to adapters, optimiser state and XLA's temporaries.
+    Activations are kept when a useful micro-batch fits, else rematerialised.
+
+    Args:
+        cfg: shape of the model.
+        itemsize: bytes of a weight and of an activation.
+        memory: bytes of one device.
+        mesh: devices along each axis; absent axes have one.
     """
-    free = max(0, memory * devices - base_bytes(cfg, itemsize))
+    data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
+    free = max(0, memory - base_bytes(cfg, itemsize) // (fsdp * tensor))
     for remat in ("none", "full"):
-        tokens = free // 2 // activation_bytes(cfg, itemsize, remat)
+        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
         if remat == "full" or tokens >= _LEAST_TOKENS:
             break
-    return Plan(token_budget=int(min(max(tokens, 1), _MOST_TOKENS * devices)), remat=remat, kv_bytes=free // 5)
+    return Plan(token_budget=int(min(max(tokens, 1), _MOST_TOKENS)) * data * fsdp, remat=remat, kv_bytes=free // 5)

@@ -74,7 +74,8 @@ def pack(
 
     Args:
         tokens: token ids of each sequence, [N_i].
-        inputs: per sequence the same keys, arrays [N_i] or [N_i, K]; K is padded with zeros to the widest of the call.
+        inputs: per sequence the same keys, arrays [N_i] or [N_i, K]; K is padded with zeros to a power of two that holds
+            the widest of the call.
         token_budget: most positions a micro-batch may hold; one row is always allowed.
         row_multiple: number of rows is a multiple of this (devices that share the rows).
 
@@ -102,7 +103,7 @@ def _fill(tokens, inputs, rows, shape: tuple[int, int]) -> MicroBatch:
     packed: dict[str, np.ndarray] = {}
     for key in inputs[0]:
         first = inputs[0][key]
-        wide = (max(x[key].shape[1] for x in inputs),) if first.ndim == 2 else ()
+        wide = (1 << (max(x[key].shape[1] for x in inputs) - 1).bit_length(),) if first.ndim == 2 else ()
         packed[key] = np.zeros(shape + wide, first.dtype)
     places = []
     for r, row in enumerate(rows):

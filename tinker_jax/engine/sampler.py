@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tinker_jax import sharding
 from tinker_jax.engine.asks import Ask, parse
 from tinker_jax.engine.decode_batch import STEPS, DecodeBatch
 from tinker_jax.engine.jobs import Job, Sample
@@ -49,7 +50,7 @@ class Sampler:
         params: base weights, placed on the mesh.
         mesh: where the weights lie.
         dtype: of the cache.
-        kv_bytes: bytes that all caches of one moment may take.
+        kv_bytes: bytes of each device that all caches of one moment may take.
         stop_ids: end-of-sequence tokens of the model.
         decode_text: tokens to text, for string stops. Special tokens count as text.
     """
@@ -67,7 +68,9 @@ class Sampler:
     ) -> None:
         self._cfg, self._stop_ids, self._decode_text = cfg, tuple(stop_ids), decode_text
         dtype = jnp.dtype(dtype)
-        self._budget = Budget(2 * cfg.L * cfg.K * cfg.H * dtype.itemsize, kv_bytes, cfg.context_length)
+        heads = cfg.K if cfg.K % (parts := sharding.parts(mesh, "kv_heads")) else cfg.K // parts
+        token_bytes = 2 * cfg.L * heads * cfg.H * dtype.itemsize
+        self._budget = Budget(token_bytes, kv_bytes, cfg.context_length, sharding.parts(mesh, "rows"))
         self._batch = DecodeBatch(cfg, params, mesh, dtype)
         self._scorer = Scorer(cfg, params)
         self._waiting: collections.deque[Job] = collections.deque()
@@ -145,6 +148,18 @@ class Sampler:
         if not busy:
             self._batch.release()  # an idle sampler leaves the memory to training
         return busy
+
+    def fail(self, error: Exception) -> None:
+        """Fails every request and starts afresh."""
+        self._fail(self._jobs(), error)
+        self._batch.release()
+
+    def close(self) -> None:
+        """Cancels every request and gives the memory back."""
+        for job in self._jobs():
+            job.future.cancel()
+        self._discard(self._jobs())
+        self._batch.release()
 
     # -- admission ---------------------------------------------------------------------------------------------------
 

@@ -121,7 +121,8 @@ def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> j
     reached_SV = jnp.cumsum(mass_SV, axis=1)
     before_SV = jnp.pad(reached_SV[:, :-1], ((0, 0), (1, 0)))
     within_SV = (ids_SV < k_S1) & ((before_SV < p_S1 * reached_SV[:, -1:]) | (p_S1 >= 1))
-    last_S1 = jnp.sum(within_SV, axis=1, keepdims=True, dtype=jnp.int32) - 1
+    # At least one stays, also where p is so small that it rounds to zero.
+    last_S1 = jnp.maximum(jnp.sum(within_SV, axis=1, keepdims=True, dtype=jnp.int32) - 1, 0)
     # The mask goes back to the ids through the last token kept, which is cheaper than inverting the permutation.
     floor_S1 = -jnp.take_along_axis(minus_SV, last_S1, axis=1)
     last_id_S1 = jnp.take_along_axis(order_SV, last_S1, axis=1)
@@ -198,7 +199,7 @@ def decode_chunk(
     """
     decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
     head = (adapter or {}).get("lm_head")
-    S, C = cache.k.shape[1:3]
+    _, S, _, C, _ = cache.k.shape
     start = Drawn(
         count=jnp.zeros((S,), jnp.int32),
         tokens=jnp.zeros((S, steps), jnp.int32),

@@ -46,18 +46,21 @@ class Budget:
     """How large caches may get.
 
     Attributes:
-        token_bytes: keys and values of one token, all layers.
-        limit: bytes for all caches that exist at one moment.
+        token_bytes: keys and values of one token, all layers, on one device.
+        limit: bytes of one device for all caches that exist at one moment.
         context: most tokens of a sequence.
+        row_parts: devices that share the rows where their number divides; elsewhere each holds all of them.
     """
 
     token_bytes: int
     limit: int
     context: int
+    row_parts: int = 1
 
     def bytes(self, shape: CacheShape) -> int:
-        """Size of a cache."""
-        return shape.rows * shape.capacity * self.token_bytes
+        """Size of a cache on one device."""
+        rows = shape.rows if shape.rows % self.row_parts else shape.rows // self.row_parts
+        return rows * shape.capacity * self.token_bytes
 
     def capacity(self, need: int) -> int:
         """Places of a row that must hold `need` tokens."""

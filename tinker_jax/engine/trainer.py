@@ -141,7 +141,7 @@ class Trainer:
                 self._params,
                 device_batch,
                 values,
-                shape=_shape(batch, state.lora.rank),
+                shape=_shape(batch, state.lora),
                 loss_fn=loss_fn,
                 backward=backward,
             )
@@ -152,7 +152,7 @@ class Trainer:
         logprobs = [_like(lp, shape) for lp, shape in zip(logprobs, shapes, strict=True)]
         metrics = combine_metrics([raw for _, raw in host])
         if backward:
-            shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
+            shape = _adapter_shape(state.lora)
             state.grads = grads if state.grads is None else self._add(state.grads, grads, shape=shape)
         return logprobs, metrics
 
@@ -207,7 +207,7 @@ class Trainer:
         if state.grads is None:
             raise BadRequestError("optim_step without gradients: call forward_backward first.")
         hyper = hyperparameters(params)
-        shape = f"rank={state.lora.rank} {'+'.join(groups(state.lora))}"
+        shape = _adapter_shape(state.lora)
         new, opt, metrics = self._update(state.params, state.grads, state.opt, hyper, shape=shape)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         state.grads = None
@@ -234,7 +234,7 @@ def _like(logprobs: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """What a datum of a mixed batch asked for: [N] or its own K columns."""
     if logprobs.ndim == 1:
         return logprobs
-    return logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]
+    return logprobs[:, 0] if targets.ndim == 1 else logprobs[:, : targets.shape[1]]
 
 
 def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
@@ -277,7 +277,11 @@ def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
     }
 
 
-def _shape(batch: MicroBatch, rank: int) -> str:
+def _adapter_shape(lora: LoraConfig) -> str:
+    return f"rank={lora.rank} {'+'.join(groups(lora))}"
+
+
+def _shape(batch: MicroBatch, lora: LoraConfig) -> str:
     B, T = batch.tokens.shape
     wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
-    return f"rows={B} length={T} rank={rank}{wide}"
+    return f"rows={B} length={T} {_adapter_shape(lora)}{wide}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext
@@ -46,10 +46,24 @@ def _typed(error: BaseException, what: str) -> BaseException:
     return failure
 
 
-def _fail(future: Future[Any], error: BaseException) -> None:
-    """Fails a future; one that was handed over may be cancelled at any moment, which must not end the thread."""
-    with contextlib.suppress(InvalidStateError):
-        future.set_exception(error)
+def _resolve(outcome: Callable[[Any], None], value: Any) -> None:
+    """Calls a future's `set_result` or `set_exception`; whatever its owner did meanwhile, the thread goes on."""
+    try:
+        outcome(value)
+    except InvalidStateError:
+        pass  # cancelled, or failed by `close`
+    except BaseException:  # a callback's SystemExit or KeyboardInterrupt; the futures log every other error themselves
+        logger.exception("a callback of a request's future raised")
+
+
+def _cancel(future: Future[Any]) -> None:
+    """Cancels, and tells `concurrent.futures.wait`, which would wait for a bare `cancel` for ever."""
+    if future.cancel():
+        _resolve(lambda f: f.set_running_or_notify_cancel(), future)
+
+
+def _closed_under_way() -> RequestFailedError:
+    return RequestFailedError("the engine was closed while the caller's own loss ran.", category="user")
 
 
 class Worker:
@@ -57,9 +71,10 @@ class Worker:
 
     Args:
         name: of the thread.
-        start: runs first, on the thread; when it raises, every request fails with that error.
+        start: runs first, on the thread; when it raises, every request fails with that error and the thread ends.
         background: does a slice of work and says whether more is left; called between requests while it says so.
         context: entered on the thread around everything.
+        stop: runs last, on the thread, unless `start` failed; sees to the requests that were handed over.
     """
 
     def __init__(
@@ -68,13 +83,14 @@ class Worker:
         start: Callable[[], None],
         background: Callable[[], bool],
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._wake = threading.Condition()
         self._queue: collections.deque[_Request] = collections.deque()
-        self._held: set[Hashable] = set()
+        self._held: dict[Hashable, _Request] = {}  # lanes that wait for their caller's code
         self._busy = False
         self._closing = False
-        self._start, self._background, self._context = start, background, context
+        self._start, self._background, self._context, self._stop = start, background, context, stop
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -99,20 +115,29 @@ class Worker:
 
     def _enqueue(self, request: _Request) -> Future[Any]:
         with self._wake:
-            if self._closing:
-                raise RuntimeError("the engine is closed.")
-            self._queue.append(request)
-            self._wake.notify()
+            if self._failure is None:
+                if self._closing:
+                    raise RuntimeError("the engine is closed.")
+                self._queue.append(request)
+                self._wake.notify()
+                return request.future
+        request.future.set_exception(self._failure)
         return request.future
 
     def close(self, timeout: float | None = 30.0) -> None:
-        """Finishes the running request, cancels the queued ones and ends the thread. Idempotent."""
+        """Finishes the running request, cancels the queued ones and ends the thread. Idempotent.
+
+        A request whose caller's code is still running fails at once: nobody would be there to take the result.
+        """
         with self._wake:
             self._closing = True
             pending, self._queue = list(self._queue), collections.deque()
+            held, self._held = list(self._held.values()), {}
             self._wake.notify()
         for request in pending:
-            request.future.cancel()
+            _cancel(request.future)
+        for request in held:
+            _resolve(request.future.set_exception, _closed_under_way())
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
@@ -121,8 +146,19 @@ class Worker:
             try:
                 self._start()
             except BaseException as error:
-                self._failure = _typed(error, "loading the model")
+                # The frames of the traceback hold what was loaded so far, which a second attempt will need the room of.
+                traceback.clear_frames(error.__traceback__)
+                self._fail(_typed(error, "loading the model"))
+                return
             self._serve()
+            self._stop()
+
+    def _fail(self, failure: BaseException) -> None:
+        with self._wake:
+            self._failure = failure
+            pending, self._queue = list(self._queue), collections.deque()
+        for request in pending:
+            _resolve(request.future.set_exception, failure)
 
     def _serve(self) -> None:
         while True:
@@ -137,7 +173,11 @@ class Worker:
                     self._busy = True
                     continue
             if self._busy:
-                self._busy = self._background()
+                try:
+                    self._busy = self._background()
+                except BaseException:
+                    logger.exception("background work failed")
+                    self._busy = False
 
     def _pop(self) -> _Request | None:
         """The oldest request whose lane is not held."""
@@ -149,32 +189,33 @@ class Worker:
         return None
 
     def _run(self, request: _Request) -> None:
-        if request.handed_over:
-            if request.future.cancelled():
-                return
-        elif not request.future.set_running_or_notify_cancel():
-            return
-        if self._failure is not None:
-            _fail(request.future, self._failure)
+        # What is handed over stays pending, so that it can be cancelled until its last token.
+        starts = request.future.cancelled() or not request.handed_over
+        if starts and not request.future.set_running_or_notify_cancel():
             return
         try:
             result = request.run()
         except BaseException as error:
-            _fail(request.future, _typed(error, "the request"))
+            _resolve(request.future.set_exception, _typed(error, "the request"))
             return
         if isinstance(result, Detour):
             self._detour(request, result)
         elif not request.handed_over:
-            request.future.set_result(result)
+            _resolve(request.future.set_result, result)
 
     def _detour(self, request: _Request, detour: Detour) -> None:
-        self._held.add(request.lane)
+        with self._wake:
+            closing = self._closing
+            self._held[request.lane] = request
+        if closing:
+            _resolve(request.future.set_exception, _closed_under_way())
+            return
 
         def outside() -> None:
             try:
                 value = detour.outside()
             except BaseException as error:  # the caller's own error reaches the caller unchanged
-                request.future.set_exception(error)
+                _resolve(request.future.set_exception, error)
                 self._release(request.lane)
             else:
                 self._release(request.lane, _Request(request.lane, lambda: self._settle(request, detour, value), Future()))
@@ -186,14 +227,14 @@ class Worker:
         try:
             result = detour.inside(value)
         except BaseException as error:
-            request.future.set_exception(_typed(error, "the request"))
+            _resolve(request.future.set_exception, _typed(error, "the request"))
         else:
-            request.future.set_result(result)
+            _resolve(request.future.set_result, result)
 
     def _release(self, lane: Hashable, first: _Request | None = None) -> None:
         """Lets a held lane go on, with `first` before everything else of that lane."""
         with self._wake:
-            self._held.discard(lane)
-            if first is not None:
+            self._held.pop(lane, None)
+            if first is not None and not self._closing:
                 self._queue.appendleft(first)
             self._wake.notify()

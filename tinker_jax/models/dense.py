@@ -28,7 +28,10 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Cache(NamedTuple):
-    """Keys and values of past tokens, [L, S, C, K, H] each: S rows of capacity C."""
+    """Keys and values of past tokens, [L, S, K, C, H] each: S rows of capacity C.
+
+    Heads stand before positions, so that a decode step multiplies contiguous matrices without transposing the cache.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -103,7 +106,7 @@ class Decoder(nnx.Module):
             keep_cache: also return every layer's keys and values.
 
         Returns:
-            Hidden states after the final norm [B·T, D], and the cache [L, B, T, K, H] or None.
+            Hidden states after the final norm [B·T, D], and the cache [L, B, K, T, H] or None.
         """
         cfg, (B, T) = self.cfg, tokens_BT.shape
         rope = rope_table(cfg.rope, cfg.H, positions_BT.reshape(B * T))
@@ -111,7 +114,7 @@ class Decoder(nnx.Module):
         def attend(q, k, v):
             q, k, v = (x.reshape(B, T, -1, cfg.H) for x in (q, k, v))
             out = attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5)
-            return out.reshape(B * T, cfg.N, cfg.H), Cache(k, v) if keep_cache else None
+            return out.reshape(B * T, cfg.N, cfg.H), Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
         def layer(h_MD, xs):
             block, factors = xs
@@ -131,14 +134,14 @@ class Decoder(nnx.Module):
         Args:
             tokens_S: int32 token ids.
             positions_S: int32 position of each token, below the cache's capacity C.
-            cache: [L, S, C, K, H]; what lies beyond a row's position is ignored.
+            cache: [L, S, K, C, H]; what lies beyond a row's position is ignored.
             lora: as in `forward`.
 
         Returns:
             Hidden states after the final norm [S, D] and the cache, updated in place when donated.
         """
         cfg, S = self.cfg, tokens_S.shape[0]
-        C, G = cache.k.shape[2], cfg.N // cfg.K
+        C, G = cache.k.shape[3], cfg.N // cfg.K
         rope = rope_table(cfg.rope, cfg.H, positions_S)
         rows = jnp.arange(S)
         visible_SC = jnp.arange(C)[None] <= positions_S[:, None]
@@ -148,12 +151,12 @@ class Decoder(nnx.Module):
             block, factors, at = xs
 
             def attend(q_SNH, k_SKH, v_SKH):
-                new = Cache(cache.k.at[at, rows, positions_S].set(k_SKH), cache.v.at[at, rows, positions_S].set(v_SKH))
+                k, v = cache.k.at[at, rows, :, positions_S].set(k_SKH), cache.v.at[at, rows, :, positions_S].set(v_SKH)
                 q_SKGH = q_SNH.reshape(S, cfg.K, G, cfg.H)
-                scores = jnp.einsum("SKGH,SCKH->SKGC", q_SKGH, new.k[at], preferred_element_type=jnp.float32)
+                scores = jnp.einsum("SKGH,SKCH->SKGC", q_SKGH, k[at], preferred_element_type=jnp.float32)
                 scores = jnp.where(visible_SC[:, None, None], scores * cfg.H**-0.5, -jnp.inf)
-                probs = jax.nn.softmax(scores, axis=-1).astype(new.v.dtype)
-                return jnp.einsum("SKGC,SCKH->SKGH", probs, new.v[at]).reshape(S, cfg.N, cfg.H), new
+                probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+                return jnp.einsum("SKGC,SKCH->SKGH", probs, v[at]).reshape(S, cfg.N, cfg.H), Cache(k, v)
 
             h_SD, cache = block(h_SD, rope, factors, attend)
             return (h_SD, cache), None
@@ -171,5 +174,5 @@ def unembedding(cfg: DecoderConfig, params: Params) -> jax.Array:
 
 def empty_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A zeroed cache for `rows` sequences of at most `capacity` tokens."""
-    shape = (cfg.L, rows, capacity, cfg.K, cfg.H)
+    shape = (cfg.L, rows, cfg.K, capacity, cfg.H)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

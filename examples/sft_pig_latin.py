@@ -1,0 +1,80 @@
+"""Teaches a model Pig Latin with LoRA, then asks it for words it has not seen."""
+
+import argparse
+import random
+
+import tinker_jax as tinker
+
+TEXT = """
+album angel arrow autumn bacon bagel basket battle beard berry blank blink bloom board brain brick bring broom brush
+bucket canyon carpet chain chase chest choir cloth clown coast coral crane crumb dance dawn dish dozen drill elder
+engine envy fiber field flour fork fresh frost funny galaxy garlic ghost glove grape gravy happy hollow ice icon iron
+ivory jewel kayak kitten koala laugh layer liquid locket lunar magnet maple mimic mud nature ninja nurse oak ocean
+olive onion orbit organ oyster paddle panda panic parade pebble perch piano pilot pizza plank pouch prank puppy quake
+quiet quiz raft rain ranch rapid razor recipe rhyme rider ripple risk river roast robin round salmon scarf shade sheep
+shine shrimp sketch skunk slice smart smoke sneeze space spice spoon sport spray stone straw stripe summit swamp sweet
+sword tailor target thief ticket toast torch trail treat tulip tunnel ugly umpire uncle upset velvet video violet visit
+wagon walnut whale wheat whisk winter wisdom witch world wrist yacht zebra zero
+"""
+WORDS = TEXT.split()
+random.Random(0).shuffle(WORDS)
+HELD_OUT, TRAIN = WORDS[:50], WORDS[50:]
+
+
+def pig_latin(word: str) -> str:
+    """plum → umplay, apple → appleway."""
+    cut = next((i for i, letter in enumerate(word) if letter in "aeiou"), 0)
+    return word[cut:] + word[:cut] + ("ay" if cut else "way")
+
+
+def prompt(tokenizer, word: str) -> list[int]:
+    question = f"Write {word} in Pig Latin."
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(question + "\n")
+    chat = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def datum(tokenizer, word: str) -> tinker.Datum:
+    """The loss is that of the answer alone: the question's tokens have weight 0."""
+    asked = prompt(tokenizer, word)
+    answer = [*tokenizer.encode(pig_latin(word), add_special_tokens=False), tokenizer.eos_token_id]
+    tokens, weights = asked + answer, [0.0] * len(asked) + [1.0] * len(answer)
+    inputs = {"target_tokens": tokens[1:], "weights": weights[1:]}
+    return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def ask(client, tokenizer, words: list[str]) -> list[str]:
+    sampler = client.save_weights_and_get_sampling_client().result()
+    params = tinker.SamplingParams(max_tokens=24, temperature=0.0, stop=[tokenizer.eos_token_id])
+    futures = [sampler.sample(tinker.ModelInput.from_ints(prompt(tokenizer, w)), 1, params) for w in words]
+    return [tokenizer.decode(f.result().sequences[0].tokens, skip_special_tokens=True).strip() for f in futures]
+
+
+def run(model: str, steps: int = 50, batch: int = 32, learning_rate: float = 3e-3, report=print) -> dict:
+    """Trains; returns the losses (nats a token) and the held-out answers before and after."""
+    client = tinker.ServiceClient().create_lora_training_client(base_model=model, rank=32).result()
+    tokenizer, rng, losses = client.get_tokenizer(), random.Random(0), []
+    before = ask(client, tokenizer, HELD_OUT)
+    for step in range(steps):
+        data = [datum(tokenizer, word) for word in rng.sample(TRAIN, batch)]
+        output = client.forward_backward(data, "cross_entropy")
+        client.optim_step(tinker.AdamParams(learning_rate=learning_rate * (1 - step / steps)))
+        tokens = sum(sum(d.loss_fn_inputs["weights"].data) for d in data)
+        losses.append(output.result().metrics["loss:sum"] / tokens)
+        report(f"step {step + 1:3d}/{steps}  loss {losses[-1]:.3f} nats a token")
+    return {"losses": losses, "before": before, "after": ask(client, tokenizer, HELD_OUT)}
+
+
+def right(said: list[str]) -> float:
+    return sum(text == pig_latin(word) for text, word in zip(said, HELD_OUT, strict=True)) / len(HELD_OUT)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="LoRA fine-tuning on Pig Latin")
+    parser.add_argument("--model", default="tinker-jax/tiny-qwen3", help="a hub id or a local directory")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="an 8B model wants about 3e-4")
+    args = parser.parse_args()
+    result = run(args.model, learning_rate=args.learning_rate)
+    print(f"held-out words right: {right(result['before']):.0%} before, {right(result['after']):.0%} after")
