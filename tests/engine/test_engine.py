@@ -449,7 +449,7 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
     assert sum(m.startswith("loaded ") for m in messages) == 1
     assert (
         sum(
-            m.startswith("compiled train_step rows=1 length=64 rank=4 target_tokens loss_fn=cross_entropy backward=True in")
+            m.startswith("compiled train_step rows=1 length=64 rank=4 attn+mlp+unembed target_tokens cross_entropy backward in")
             for m in messages
         )
         == 1

@@ -182,7 +182,7 @@ def test_whole_floats_count_as_integers_as_in_the_sdk():
         assert module.SamplingParams(max_tokens=5.0, top_k=2.0).max_tokens == 5
         assert module.LoraConfig(rank=np.float32(8)).rank == 8
     assert type(types.LoraConfig(rank=8.0).rank) is int
-    with pytest.raises(BadRequestError, match="SamplingParams.max_tokens: expected an integer >= 1, got float 5.5"):
+    with pytest.raises(BadRequestError, match=r"SamplingParams.max_tokens: expected an integer >= 1, got float 5\.5"):
         types.SamplingParams(max_tokens=5.5)
 
 

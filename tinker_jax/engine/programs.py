@@ -41,8 +41,7 @@ class Program:
         start = time.perf_counter()
         out = self._jit(*args, **static)
         self._seen.add(key)
-        constants = "".join(f" {name}={value}" for name, value in static.items())
-        logger.info("compiled %s %s%s in %.1f s", self.name, shape, constants, time.perf_counter() - start)
+        logger.info("compiled %s %s in %.1f s", self.name, shape, time.perf_counter() - start)
         return out
 
     @property
