@@ -263,3 +263,21 @@ def test_a_custom_loss_that_would_begin_after_close_is_refused():
     with pytest.raises(RequestFailedError, match="closed while"):
         custom.result(5)
     assert not ran
+
+
+def test_a_burst_of_handed_over_requests_is_gathered_before_the_first_slice(monkeypatch):
+    monkeypatch.setattr("tinker_jax.engine.worker._GATHER_SECONDS", 1.0)
+    sizes, waiting = [], []
+
+    def background():
+        sizes.append(len(waiting))
+        for future in waiting:
+            future.set_result(None)
+        waiting.clear()
+        return False
+
+    worker = Worker("test", lambda: None, background)
+    for future in [worker.hand_over("s", waiting.append) for _ in range(200)]:
+        future.result(5)
+    assert sizes == [200]
+    worker.close()

@@ -17,6 +17,9 @@ from tinker_jax.types.errors import RequestFailedError, TinkerError
 
 logger = logging.getLogger("tinker_jax")
 
+# A loop over `sample` submits a burst; the first of it should not set out alone on a batch of one.
+_GATHER_SECONDS = 0.002
+
 
 @dataclass
 class Detour:
@@ -170,16 +173,20 @@ class Worker:
             _resolve(request.future.set_exception, failure)
 
     def _serve(self) -> None:
+        gather = False
         while True:
             with self._wake:
                 while (request := self._pop()) is None and not self._busy and not self._closing:
                     self._wake.wait()
+                if request is None and gather and not self._closing:
+                    gather = self._wake.wait(_GATHER_SECONDS)
+                    continue
                 if self._closing:
                     return
             if request is not None:
                 self._run(request)
                 if request.handed_over:  # admit everything that waits before the next slice
-                    self._busy = True
+                    gather, self._busy = gather or not self._busy, True
                     continue
             if self._busy:
                 try:
