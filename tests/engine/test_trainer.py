@@ -213,7 +213,7 @@ def test_a_second_micro_batch_that_fails_leaves_no_half_of_the_call(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(run, "_step", fails_later)
         with pytest.raises(ZeroDivisionError):
-            run.forward_backward(state, random_data([60, 60], seed=1), "cross_entropy", None, backward=True)
+            run.forward_backward(state, random_data([400, 400], seed=1), "cross_entropy", None, backward=True)
     after = leaves(state.grads)
     assert len(calls) == 2 and all(np.array_equal(before[name], after[name]) for name in before)
 

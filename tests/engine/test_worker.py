@@ -243,6 +243,25 @@ def test_a_forked_process_is_told_that_the_thread_is_not_there(worker, monkeypat
     assert worker.submit("a", lambda: 7).result(5) == 7
 
 
+def test_a_stream_of_samples_that_never_pauses_does_not_hold_back_the_first_slice(monkeypatch):
+    monkeypatch.setattr("tinker_jax.engine.worker._GATHER_SECONDS", 1.0)  # no pause of a loaded machine counts as one
+    sliced = threading.Event()
+
+    def background():
+        sliced.set()
+        return False
+
+    worker = Worker("test", lambda: None, background)
+    end = time.monotonic() + 3
+    submitted = 0
+    while not sliced.is_set() and time.monotonic() < end:
+        worker.hand_over("s", lambda future: future.set_result(None))
+        submitted += 1
+        time.sleep(0.0005)
+    assert sliced.is_set() and submitted > 1
+    worker.close()
+
+
 def test_a_custom_loss_that_would_begin_after_close_is_refused():
     worker = Worker("test", lambda: None, lambda: False)
     gate, ran = threading.Event(), []
@@ -267,6 +286,7 @@ def test_a_custom_loss_that_would_begin_after_close_is_refused():
 
 def test_a_burst_of_handed_over_requests_is_gathered_before_the_first_slice(monkeypatch):
     monkeypatch.setattr("tinker_jax.engine.worker._GATHER_SECONDS", 1.0)
+    monkeypatch.setattr("tinker_jax.engine.worker._GATHER_MOST_SECONDS", 10.0)
     sizes, waiting = [], []
 
     def background():

@@ -6,6 +6,7 @@ import collections
 import logging
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
@@ -17,8 +18,10 @@ from tinker_jax.types.errors import RequestFailedError, TinkerError
 
 logger = logging.getLogger("tinker_jax")
 
-# A loop over `sample` submits a burst; the first of it should not set out alone on a batch of one.
+# A loop over `sample` submits a burst; the first of it should not set out alone on a batch of one. A pause ends the burst,
+# and a stream without a pause does not hold it back for longer than anyone would notice.
 _GATHER_SECONDS = 0.002
+_GATHER_MOST_SECONDS = 0.05
 
 
 @dataclass
@@ -173,20 +176,23 @@ class Worker:
             _resolve(request.future.set_exception, failure)
 
     def _serve(self) -> None:
-        gather = False
+        gather_until = 0.0
         while True:
             with self._wake:
                 while (request := self._pop()) is None and not self._busy and not self._closing:
                     self._wake.wait()
-                if request is None and gather and not self._closing:
-                    gather = self._wake.wait(_GATHER_SECONDS)
+                if request is None and not self._closing and time.monotonic() < gather_until:
+                    if not self._wake.wait(_GATHER_SECONDS):
+                        gather_until = 0.0
                     continue
                 if self._closing:
                     return
             if request is not None:
                 self._run(request)
                 if request.handed_over:  # admit everything that waits before the next slice
-                    gather, self._busy = gather or not self._busy, True
+                    if not self._busy:
+                        gather_until = time.monotonic() + _GATHER_MOST_SECONDS
+                    self._busy = True
                     continue
             if self._busy:
                 try:
