@@ -44,14 +44,13 @@ def mean_reward(groups: list[dict]) -> float:
 
 
 def policy_gradient(group: dict) -> list[tinker.Datum]:
-    """One datum an answer. A group in which all are equally good teaches nothing."""
+    """One datum an answer; its advantage is its reward above the group's mean."""
     mean, silent, data = mean_reward([group]), [0.0] * (len(group["prompt"]) - 1), []
     for answer, r in zip(group["answers"], group["rewards"], strict=True):
-        if r != mean:
-            tokens = group["prompt"] + list(answer.tokens)
-            inputs = {"target_tokens": tokens[1:], "logprobs": silent + list(answer.logprobs)}
-            inputs["advantages"] = silent + [r - mean] * len(answer.tokens)
-            data.append(tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+        tokens = group["prompt"] + list(answer.tokens)
+        inputs = {"target_tokens": tokens[1:], "logprobs": silent + list(answer.logprobs)}
+        inputs["advantages"] = silent + [r - mean] * len(answer.tokens)
+        data.append(tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
     return data
 
 
@@ -62,9 +61,8 @@ def run(model: str, steps=30, max_tokens=8, learning_rate=1e-3, report=print) ->
     before = rollouts(client, tokenizer, HELD_OUT, 4, max_tokens)
     for step in range(steps):
         groups = rollouts(client, tokenizer, rng.sample(TRAIN, 16), 8, max_tokens)
-        if data := [datum for group in groups for datum in policy_gradient(group)]:
-            client.forward_backward(data, "importance_sampling")
-            client.optim_step(tinker.AdamParams(learning_rate=learning_rate))
+        client.forward_backward([d for group in groups for d in policy_gradient(group)], "importance_sampling")
+        client.optim_step(tinker.AdamParams(learning_rate=learning_rate))
         rewards.append(mean_reward(groups))
         report(f"step {step + 1:3d}/{steps}  reward {rewards[-1]:.2f}")
     return {"rewards": rewards, "before": before, "after": rollouts(client, tokenizer, HELD_OUT, 4, max_tokens)}

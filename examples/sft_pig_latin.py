@@ -1,24 +1,25 @@
-"""Teaches a model Pig Latin with LoRA, then asks it for words it has not seen."""
+"""Teaches a model Pig Latin on made-up words with LoRA, then asks it for real words."""
 
 import argparse
 import random
 
 import tinker_jax as tinker
 
-TEXT = """
-album angel arrow autumn bacon bagel basket battle beard berry blank blink bloom board brain brick bring broom brush
-bucket canyon carpet chain chase chest choir cloth clown coast coral crane crumb dance dawn dish dozen drill elder
-engine envy fiber field flour fork fresh frost funny galaxy garlic ghost glove grape gravy happy hollow ice icon iron
-ivory jewel kayak kitten koala laugh layer liquid locket lunar magnet maple mimic mud nature ninja nurse oak ocean
-olive onion orbit organ oyster paddle panda panic parade pebble perch piano pilot pizza plank pouch prank puppy quake
-quiet quiz raft rain ranch rapid razor recipe rhyme rider ripple risk river roast robin round salmon scarf shade sheep
-shine shrimp sketch skunk slice smart smoke sneeze space spice spoon sport spray stone straw stripe summit swamp sweet
-sword tailor target thief ticket toast torch trail treat tulip tunnel ugly umpire uncle upset velvet video violet visit
-wagon walnut whale wheat whisk winter wisdom witch world wrist yacht zebra zero
+STARTS = """
+ab ad al an em en im in ob or ul un b bl br c ch cl cr d dr f fl fr g gl gr h j l m n p ph pl pr r s sc sh sl sm sn sp
+st str sw t th tr v w wh z
 """
-WORDS = TEXT.split()
-random.Random(0).shuffle(WORDS)
-HELD_OUT, TRAIN = WORDS[:50], WORDS[50:]
+ENDS = """
+able acket ading ain amber ange arrow atch ead easure ection eeper ender ever ickle iddle ight illow inger itten oad
+older onder oom orest ottle ound ower ubber uddle umble unter urden ustice
+"""
+HELD_OUT = """
+acorn amber animal apple arrow autumn basket breeze bridge butter camera castle cherry circle cloud dragon eagle
+engine escape flower forest garden ghost grape hammer island jungle kitten ladder lemon market melon mirror ocean
+orange pepper planet rabbit river rocket school shadow silver stream summer table thunder tiger umbrella window
+"""
+HELD_OUT = HELD_OUT.split()
+TRAIN = sorted({start + end for start in STARTS.split() for end in ENDS.split()} - set(HELD_OUT))
 
 
 def pig_latin(word: str) -> str:
