@@ -578,6 +578,6 @@ def test_a_local_model_is_remembered_by_its_absolute_path(service, engines, tmp_
     assert {run.base_model for run in Store(tmp_path).list_runs()} == names
 
 
-def test_a_model_without_a_tokenizer_says_so(training, tmp_path, monkeypatch):
-    with pytest.raises(tinker_jax.NotFoundError, match="/nowhere has no tokenizer that transformers can load"):
+def test_a_model_without_a_tokenizer_says_so(training):
+    with pytest.raises(tinker_jax.NotFoundError, match="/nowhere has no tokenizer: none of"):
         training.get_tokenizer()

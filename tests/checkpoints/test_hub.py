@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -117,3 +118,15 @@ def test_failures_of_the_hub_become_typed_errors(monkeypatch, raised, expected, 
     with pytest.raises(expected) as error:
         hub.resolve("owner/name")
     assert text in str(error.value)
+
+
+def test_a_missing_or_damaged_tokenizer_is_an_error(checkpoint, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3"), model)
+    assert hub.load_tokenizer(model).decode(hub.load_tokenizer(model).encode("the cat")) == "the cat"
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(NotFoundError, match="model has no tokenizer that transformers can load"):
+        hub.load_tokenizer(model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(NotFoundError, match=r"model has no tokenizer: none of tokenizer.json, .*Copy the model's there"):
+        hub.load_tokenizer(model)

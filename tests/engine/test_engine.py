@@ -447,7 +447,13 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
         engine.close()
     messages = [r.getMessage() for r in caplog.records if r.name == "tinker_jax"]
     assert sum(m.startswith("loaded ") for m in messages) == 1
-    assert sum(m.startswith("compiled train_step rows=1 length=64 rank=4") for m in messages) == 1
+    assert (
+        sum(
+            m.startswith("compiled train_step rows=1 length=64 rank=4 attn+mlp+unembed target_tokens cross_entropy backward in")
+            for m in messages
+        )
+        == 1
+    )
     assert sum(m.startswith("wrote tinker://log:train:0/weights/a") for m in messages) == 1
     gc.collect()
 

@@ -13,7 +13,24 @@ def test_a_bucket_holds_its_length_and_wastes_less_than_half(n):
 
 
 def test_lengths_up_to_32k_share_few_buckets():
-    assert len({bucket(n) for n in range(1, 32_769)}) <= 18
+    assert len({bucket(n) for n in range(1, 32_769)}) <= 16
+
+
+def test_batches_of_short_sequences_share_few_shapes_and_fill_them():
+    rng = np.random.default_rng(0)
+    shapes, real, computed = set(), 0, 0
+    for _ in range(300):
+        lengths = rng.integers(5, 60, rng.integers(30, 200))
+        batches = pack([np.zeros(n, np.int32) for n in lengths], [{}] * len(lengths), token_budget=8192)
+        shapes |= {batch.tokens.shape for batch in batches}
+        real, computed = real + lengths.sum(), computed + sum(batch.tokens.size for batch in batches)
+    assert shapes <= {(1, 512), (4, 512), (16, 512)}
+    assert real / computed > 0.85
+
+
+def test_a_single_short_sequence_gets_a_short_row():
+    (batch,) = pack([np.zeros(20, np.int32)], [{}], token_budget=8192)
+    assert batch.tokens.shape == (1, 64)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40))

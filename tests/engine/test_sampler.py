@@ -546,6 +546,48 @@ def test_cancelling_frees_slots_at_the_next_step(sampler):
     finish(sampler, stays)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_random_cancellation_leaks_no_slot_and_disturbs_no_neighbour(seed):
+    """Small cache, several weights, requests larger than the cache, cancelled at any moment."""
+    rng = np.random.default_rng(seed)
+    busy = make(kv_bytes=9 * 2**17)
+    trees = {"base": None, "one": adapter(1)}
+
+    def request(weights, length, samples):
+        return ask(prompt(length), samples, max_tokens=3 + 11 * (length % 4), seed=length, stop=[])
+
+    whole = {
+        (weights, length): [s.tokens for s in run(busy, request(weights, length, 20), weights=weights, tree=tree)[0].sequences]
+        for weights, tree in trees.items()
+        for length in (1, 14, 40)
+    }
+    open_jobs, finished, cancelled = [], 0, 0
+    for _ in range(120):
+        if len(open_jobs) < 8:
+            weights, length = list(whole)[rng.integers(len(whole))]
+            samples = int(rng.integers(1, 21))
+            future = submit(busy, request(weights, length, samples), weights, trees[weights])
+            open_jobs.append((future, weights, length, samples))
+        if rng.random() < 0.3:
+            open_jobs[rng.integers(len(open_jobs))][0].cancel()
+        busy.step()
+        owners = [busy._batch.slots.owner[slot] for slot in busy._batch.slots.live]
+        for job in {id(job): job for job in owners}.values():
+            assert owners.count(job) + len(job.done) + job.pending == job.ask.num_samples
+        for item in [item for item in open_jobs if item[0].done()]:
+            open_jobs.remove(item)
+            future, weights, length, samples = item
+            if future.cancelled():
+                cancelled += 1
+            else:
+                finished += 1
+                assert [s.tokens for s in future.result().sequences] == whole[weights, length][:samples]
+    finish(busy)
+    assert all(future.done() for future, *_ in open_jobs)
+    assert busy.live_slots == busy.waiting == 0 and busy._batch._cache is None
+    assert finished > 15 and cancelled > 10
+
+
 def test_a_failing_decode_fails_what_it_served_and_nothing_else(sampler, monkeypatch):
     def explode(*_):
         raise RuntimeError("out of device memory")

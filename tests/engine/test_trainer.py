@@ -213,7 +213,7 @@ def test_a_step_with_infinite_gradients_is_refused_and_changes_nothing():
     run.optim_step(state, AdamParams())
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"tensor": 2}])
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])
 @pytest.mark.parametrize("loss_fn", ["cross_entropy", "ppo"])
 def test_a_mesh_gives_the_losses_and_gradients_of_one_device(mesh, loss_fn):
     rng = np.random.default_rng(0)

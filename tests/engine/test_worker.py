@@ -234,6 +234,15 @@ def test_a_failed_start_ends_the_thread_and_lets_go_of_what_it_had_loaded():
         worker.submit("a", lambda: 1).result(5)
 
 
+def test_a_forked_process_is_told_that_the_thread_is_not_there(worker, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: -1)
+        with pytest.raises(RuntimeError, match="forked from the one that runs the engine"):
+            worker.submit("a", lambda: 1)
+        worker.close()  # at the child's exit; the parent's worker is none of its business
+    assert worker.submit("a", lambda: 7).result(5) == 7
+
+
 def test_a_custom_loss_that_would_begin_after_close_is_refused():
     worker = Worker("test", lambda: None, lambda: False)
     gate, ran = threading.Event(), []
@@ -254,3 +263,21 @@ def test_a_custom_loss_that_would_begin_after_close_is_refused():
     with pytest.raises(RequestFailedError, match="closed while"):
         custom.result(5)
     assert not ran
+
+
+def test_a_burst_of_handed_over_requests_is_gathered_before_the_first_slice(monkeypatch):
+    monkeypatch.setattr("tinker_jax.engine.worker._GATHER_SECONDS", 1.0)
+    sizes, waiting = [], []
+
+    def background():
+        sizes.append(len(waiting))
+        for future in waiting:
+            future.set_result(None)
+        waiting.clear()
+        return False
+
+    worker = Worker("test", lambda: None, background)
+    for future in [worker.hand_over("s", waiting.append) for _ in range(200)]:
+        future.result(5)
+    assert sizes == [200]
+    worker.close()

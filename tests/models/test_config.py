@@ -38,6 +38,16 @@ def test_head_width_falls_back_as_each_family_defines():
             BadRequestError,
             "llama3 rope scaling lacks 'factor'",
         ),
+        (
+            {"rope_parameters": {**tiny.LLAMA3_ROPE, "high_freq_factor": 1.0}},
+            BadRequestError,
+            "high_freq_factor=1.0 must be above low_freq_factor=1.0",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            UnsupportedError,
+            "partial_rotary_factor=0.5",
+        ),
         ({"hidden_size": None}, BadRequestError, "hidden_size is missing; a qwen3 model needs it"),
         ({"num_key_value_heads": 3}, BadRequestError, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
         ({"head_dim": 7}, UnsupportedError, "head_dim=7 is odd"),

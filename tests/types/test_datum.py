@@ -159,6 +159,7 @@ def test_numpy_token_ids_are_accepted_and_stored_as_python_ints():
         ([1e300], r"tokens\[0\]: expected an integer below 2\*\*63"),
         (np.ones((1, 2), np.int64), r"tokens: expected one axis, got shape \[1, 2\]"),
         ("12", "a list of token ids"),
+        ({"input_ids": [1]}, r"a list of token ids \(of what a tokenizer returns, take \['input_ids'\]\)"),
         (None, "a list of token ids"),
     ],
 )

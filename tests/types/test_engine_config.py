@@ -43,3 +43,9 @@ def test_the_mesh_cannot_change_afterwards_and_the_configuration_pickles():
 def test_bad_values_are_refused_by_name(bad, message):
     with pytest.raises(BadRequestError, match=message):
         EngineConfig(**bad)
+
+
+def test_a_relative_home_does_not_move_with_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert EngineConfig(home="runs").home == str(tmp_path / "runs")
+    assert EngineConfig(home="gs://bucket/runs").home == "gs://bucket/runs"

@@ -48,7 +48,7 @@ NAN, INF = float("nan"), float("inf")
         ("SamplingParams", {"stop": ""}, "SamplingParams.stop: expected a non-empty string"),
         ("SamplingParams", {"stop": 5}, "SamplingParams.stop"),
         ("LoraConfig", {"rank": 0}, "LoraConfig.rank: expected an integer >= 1, got int 0"),
-        ("LoraConfig", {"rank": 4.0}, "LoraConfig.rank"),
+        ("LoraConfig", {"rank": 4.5}, "LoraConfig.rank"),
         ("LoraConfig", {"rank": True}, "LoraConfig.rank"),
         ("LoraConfig", {"rank": 4, "train_mlp": 1}, "LoraConfig.train_mlp: expected True or False"),
         ("LoraConfig", {"rank": 4, "train_mlp": False, "train_attn": False, "train_unembed": False}, "at least one of"),
@@ -175,6 +175,15 @@ def test_tinker_paths_parse_as_in_the_sdk(kind):
     path = f"tinker://s:train:0/{kind}/step-1"
     ours = types.ParsedCheckpointTinkerPath.from_tinker_path(path)
     assert dataclasses.asdict(ours) == tinker.ParsedCheckpointTinkerPath.from_tinker_path(path).model_dump()
+
+
+def test_whole_floats_count_as_integers_as_in_the_sdk():
+    for module in (tinker, types):
+        assert module.SamplingParams(max_tokens=5.0, top_k=2.0).max_tokens == 5
+        assert module.LoraConfig(rank=np.float32(8)).rank == 8
+    assert type(types.LoraConfig(rank=8.0).rank) is int
+    with pytest.raises(BadRequestError, match=r"SamplingParams.max_tokens: expected an integer >= 1, got float 5\.5"):
+        types.SamplingParams(max_tokens=5.5)
 
 
 def test_errors_are_picklable_standard_types():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EMBEDDED_PREFIX = "tinker-jax/"
 #: Weights, configuration, tokenizer and chat template; nothing in subfolders (original checkpoints, onnx, …).
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -54,6 +55,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
     """
     from transformers import AutoTokenizer
 
+    # transformers makes up an empty tokenizer where the files are missing.
+    if not any(file.name in _VOCABULARIES for file in Path(directory).glob("*")):
+        raise NotFoundError(f"{directory} has no tokenizer: none of {', '.join(_VOCABULARIES)}. Copy the model's there.")
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # what is raised for a missing or damaged file changes from version to version

@@ -43,7 +43,9 @@ class EngineConfig:
         if self.home is not None:
             if not isinstance(self.home, (str, os.PathLike)):
                 raise _check.refuse("EngineConfig.home", "a path", self.home)
-            put(self, "home", _check.text(os.fspath(self.home), "EngineConfig.home"))
+            home = _check.text(os.fspath(self.home), "EngineConfig.home")
+            # Absolute, so that a later change of the working directory does not part an engine from its clients.
+            put(self, "home", home if "://" in home else os.path.abspath(os.path.expanduser(home)))
 
     def __hash__(self) -> int:
         mesh = None if self.mesh is None else tuple(self.mesh.items())

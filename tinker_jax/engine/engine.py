@@ -30,6 +30,7 @@ from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine import memory
 from tinker_jax.engine.config import EngineConfig
+from tinker_jax.engine.programs import keep_compiled
 from tinker_jax.engine.sampler import Sampler
 from tinker_jax.engine.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.engine.validate import check_data
@@ -129,6 +130,8 @@ class Engine:
 
     def _load(self) -> None:
         start = time.perf_counter()
+        self._store = Store(self.config.home)
+        keep_compiled(self._store.home)  # before anything compiles
         directory = resolve(self.base_model)
         cfg = _read_config(directory)
         mesh = sharding.make_mesh(self.config.mesh)
@@ -140,10 +143,8 @@ class Engine:
         params = load_base(directory, table, dtype, shardings)
         budget = self.config.memory or memory.device_bytes()
         plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape)
-        self._params = params
-        self._store = Store(self.config.home)
-        self._trainer = Trainer(cfg, params, mesh, plan)
-        self._sampler = Sampler(
+        trainer = Trainer(cfg, params, mesh, plan)
+        sampler = Sampler(
             cfg,
             params,
             mesh=mesh,
@@ -152,6 +153,7 @@ class Engine:
             stop_ids=_stop_ids(directory),
             decode_text=_Text(directory),
         )
+        self._params, self._trainer, self._sampler = params, trainer, sampler
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
         logger.info(
             "loaded %s (%s, %.3g M parameters, %s, mesh %s) in %.1f s; micro-batches of %d tokens, remat %s, cache %.3g GiB",

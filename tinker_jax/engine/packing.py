@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_ROW = 64
+FULL_ROW = 512
+"""Rows are made at least so long while there are tokens to fill them: short sequences then share few shapes."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class MicroBatch:
     places: tuple[tuple[int, int, int, int], ...]
 
 
-def bucket(n: int, smallest: int = MIN_ROW) -> int:
-    """The smallest of `smallest` × (1, 2, 4, …) and the midpoints 1.5 × (2, 4, …) that holds n."""
-    size = smallest
+def bucket(n: int) -> int:
+    """The smallest row length that holds n tokens: a power of two from `MIN_ROW`, or 1.5 times one from `FULL_ROW`."""
+    size = MIN_ROW
     while size < n:
-        if size >= 2 * smallest and size + size // 2 >= n:
+        if size >= FULL_ROW and size + size // 2 >= n:
             return size + size // 2
         size *= 2
     return size
@@ -83,15 +85,16 @@ def pack(
         Micro-batches whose `places` cover every sequence exactly once.
     """
     lengths = [len(t) for t in tokens]
-    T = bucket(max(lengths))
+    share = -(-sum(lengths) // row_multiple)
+    T = bucket(max(max(lengths), min(FULL_ROW, share)))
     rows = first_fit_decreasing(lengths, T)
     most = max(row_multiple, token_budget // T)
     batches = []
     while rows:
-        # Powers of two: few shapes, and no padded rows beyond what `row_multiple` asks for.
+        # Powers of four: few shapes, and no padded rows beyond what `row_multiple` asks for.
         B = row_multiple
-        while 2 * B <= min(most, len(rows)):
-            B *= 2
+        while 4 * B <= min(most, len(rows)):
+            B *= 4
         batches.append(_fill(tokens, inputs, rows[:B], (B, T)))
         rows = rows[B:]
     return batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 import jax
 
 logger = logging.getLogger("tinker_jax")
+
+
+def keep_compiled(home: str | os.PathLike[str]) -> None:
+    """Keeps what compiles for longer than a moment in `home/compiled`, for the processes to come.
+
+    JAX's own settings go first: `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=false` none.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "compiled"))
 
 
 class Program:

@@ -141,7 +141,7 @@ class Trainer:
                 self._params,
                 device_batch,
                 values,
-                shape=_shape(batch, state.lora),
+                shape=f"{_shape(batch, state.lora)} {loss_fn}{' backward' if backward else ''}",
                 loss_fn=loss_fn,
                 backward=backward,
             )
@@ -234,7 +234,7 @@ def _like(logprobs: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """What a datum of a mixed batch asked for: [N] or its own K columns."""
     if logprobs.ndim == 1:
         return logprobs
-    return logprobs[:, 0] if targets.ndim == 1 else logprobs[:, : targets.shape[1]]
+    return logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]
 
 
 def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:

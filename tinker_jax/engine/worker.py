@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import threading
 import traceback
 from collections.abc import Callable, Hashable
@@ -15,6 +16,9 @@ from typing import Any
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 
 logger = logging.getLogger("tinker_jax")
+
+# A loop over `sample` submits a burst; the first of it should not set out alone on a batch of one.
+_GATHER_SECONDS = 0.002
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Worker:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         stop: Callable[[], None] = lambda: None,
     ) -> None:
+        self._pid = os.getpid()
         self._wake = threading.Condition()
         self._queue: collections.deque[_Request] = collections.deque()
         self._held: dict[Hashable, _Request] = {}  # lanes that wait for their caller's code
@@ -114,6 +119,11 @@ class Worker:
         return self._enqueue(_Request(lane, lambda: run(future), future, handed_over=True))
 
     def _enqueue(self, request: _Request) -> Future[Any]:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this process was forked from the one that runs the engine, and its thread did not come along; "
+                "start the process with multiprocessing's 'spawn' method."
+            )
         with self._wake:
             if self._failure is None:
                 if self._closing:
@@ -129,6 +139,8 @@ class Worker:
 
         A request whose caller's code is still running fails at once: nobody would be there to take the result.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child has no thread to end, and its copy of the lock may be held for ever
         with self._wake:
             self._closing = True
             pending, self._queue = list(self._queue), collections.deque()
@@ -161,16 +173,20 @@ class Worker:
             _resolve(request.future.set_exception, failure)
 
     def _serve(self) -> None:
+        gather = False
         while True:
             with self._wake:
                 while (request := self._pop()) is None and not self._busy and not self._closing:
                     self._wake.wait()
+                if request is None and gather and not self._closing:
+                    gather = self._wake.wait(_GATHER_SECONDS)
+                    continue
                 if self._closing:
                     return
             if request is not None:
                 self._run(request)
                 if request.handed_over:  # admit everything that waits before the next slice
-                    self._busy = True
+                    gather, self._busy = gather or not self._busy, True
                     continue
             if self._busy:
                 try:
@@ -181,8 +197,9 @@ class Worker:
 
     def _pop(self) -> _Request | None:
         """The oldest request whose lane is not held."""
-        # A snapshot: the garbage collector may run a client's finalizer here, which appends to the queue.
-        for i, request in enumerate(list(self._queue)):
+        # By index: the garbage collector may run a client's finalizer here, which appends to the queue.
+        for i in range(len(self._queue)):
+            request = self._queue[i]
             if request.lane not in self._held:
                 del self._queue[i]
                 return request

@@ -50,11 +50,13 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
     params = dict(cfg.get("rope_parameters") or cfg.get("rope_scaling") or {})
     kind = params.get("rope_type", params.get("type", "default"))
     theta = float(params.get("rope_theta", cfg.get("rope_theta", 10000.0)))
+    if (part := params.get("partial_rotary_factor", cfg.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise UnsupportedError(f"config.json: partial_rotary_factor={part} is not supported; only 1.0 is.")
     if kind == "default":
         return Rope(theta)
     if kind == "llama3":
         try:
-            return Rope(
+            rope = Rope(
                 theta,
                 kind="llama3",
                 factor=float(params["factor"]),
@@ -64,6 +66,11 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
             )
         except KeyError as missing:
             raise BadRequestError(f"config.json: llama3 rope scaling lacks {missing}.") from None
+        if rope.high_freq_factor <= rope.low_freq_factor:
+            raise BadRequestError(
+                f"config.json: high_freq_factor={rope.high_freq_factor} must be above low_freq_factor={rope.low_freq_factor}."
+            )
+        return rope
     raise UnsupportedError(
         f"config.json: rope scaling {kind!r} is not supported; supported are 'default' and 'llama3'. "
         "Remove it from config.json if your sequences stay within the original context."

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from tinker_jax.types.errors import BadRequestError
 
 T = TypeVar("T")
@@ -24,17 +26,21 @@ def _show(value: object) -> str:
 
 
 def integer(value: Any, field: str, *, minimum: int | None = None) -> int:
-    """An int (Python or numpy, never bool) of at least `minimum`."""
+    """An int of at least `minimum`, from any whole number (Python or numpy, never bool)."""
     expected = "an integer" if minimum is None else f"an integer >= {minimum}"
     if isinstance(value, bool):
         raise refuse(field, expected, value)
     try:
-        number = operator.index(value)
+        number = operator.index(int(value) if _is_whole_float(value) else value)
     except TypeError:
         raise refuse(field, expected, value) from None
     if minimum is not None and number < minimum:
         raise refuse(field, expected, value)
     return number
+
+
+def _is_whole_float(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and value.is_integer()
 
 
 def real(

@@ -177,7 +177,8 @@ def _as_tokens(tokens: Any) -> Sequence[int]:
     """Checked Python ints: integers, booleans and integral floats pass, as in the SDK."""
     field_name = "EncodedTextChunk.tokens"
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray)):
-        raise _check.refuse(field_name, "a list of token ids", tokens)
+        hint = " (of what a tokenizer returns, take ['input_ids'])" if isinstance(tokens, Mapping) else ""
+        raise _check.refuse(field_name, f"a list of token ids{hint}", tokens)
     try:
         array = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
     except ValueError:  # nested lists of different lengths
