@@ -199,6 +199,25 @@ def test_gradients_accumulate_until_the_step_and_are_zero_after():
         run.optim_step(two, AdamParams())
 
 
+def test_a_second_micro_batch_that_fails_leaves_no_half_of_the_call(monkeypatch):
+    run = trainer(plan=Plan(token_budget=64, remat="none", kv_bytes=1))
+    state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
+    run.forward_backward(state, random_data([60]), "cross_entropy", None, backward=True)
+    before = leaves(state.grads)
+    step, calls = run._step, []
+
+    def fails_later(*args, **kwargs):
+        calls.append(1)
+        return step(*args, **kwargs) if len(calls) == 1 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_step", fails_later)
+        with pytest.raises(ZeroDivisionError):
+            run.forward_backward(state, random_data([60, 60], seed=1), "cross_entropy", None, backward=True)
+    after = leaves(state.grads)
+    assert len(calls) == 2 and all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_a_step_with_infinite_gradients_is_refused_and_changes_nothing():
     run = trainer()
     state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))

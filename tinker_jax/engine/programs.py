@@ -18,8 +18,9 @@ def keep_compiled(home: str | os.PathLike[str]) -> None:
 
     JAX's own settings go first: `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=false` none.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "compiled"))
+    config: Any = jax.config  # its options are attributes that no type checker sees
+    if config.jax_compilation_cache_dir is None and config.jax_enable_compilation_cache:
+        config.update("jax_compilation_cache_dir", os.path.join(home, "compiled"))
 
 
 class Program:
