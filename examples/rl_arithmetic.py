@@ -44,27 +44,25 @@ def mean_reward(groups: list[dict]) -> float:
 
 
 def policy_gradient(group: dict) -> list[tinker.Datum]:
-    """One datum an answer. A group in which all are equally good teaches nothing."""
+    """One datum an answer; its advantage is its reward above the group's mean."""
     mean, silent, data = mean_reward([group]), [0.0] * (len(group["prompt"]) - 1), []
     for answer, r in zip(group["answers"], group["rewards"], strict=True):
-        if r != mean:
-            tokens = group["prompt"] + list(answer.tokens)
-            inputs = {"target_tokens": tokens[1:], "logprobs": silent + list(answer.logprobs)}
-            inputs["advantages"] = silent + [r - mean] * len(answer.tokens)
-            data.append(tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+        tokens = group["prompt"] + list(answer.tokens)
+        inputs = {"target_tokens": tokens[1:], "logprobs": silent + list(answer.logprobs)}
+        inputs["advantages"] = silent + [r - mean] * len(answer.tokens)
+        data.append(tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
     return data
 
 
-def run(model: str, steps=30, max_tokens=8, learning_rate=1e-3, report=print) -> dict:
+def run(model: str, steps=60, sums=24, samples=8, max_tokens=8, learning_rate=4e-3, report=print) -> dict:
     """Trains; returns the mean reward of each step and the held-out groups before and after."""
     client = tinker.ServiceClient().create_lora_training_client(base_model=model, rank=32).result()
     tokenizer, rng, rewards = client.get_tokenizer(), random.Random(0), []
     before = rollouts(client, tokenizer, HELD_OUT, 4, max_tokens)
     for step in range(steps):
-        groups = rollouts(client, tokenizer, rng.sample(TRAIN, 16), 8, max_tokens)
-        if data := [datum for group in groups for datum in policy_gradient(group)]:
-            client.forward_backward(data, "importance_sampling")
-            client.optim_step(tinker.AdamParams(learning_rate=learning_rate))
+        groups = rollouts(client, tokenizer, rng.sample(TRAIN, sums), samples, max_tokens)
+        client.forward_backward([d for group in groups for d in policy_gradient(group)], "importance_sampling")
+        client.optim_step(tinker.AdamParams(learning_rate=learning_rate * (1 - step / steps)))
         rewards.append(mean_reward(groups))
         report(f"step {step + 1:3d}/{steps}  reward {rewards[-1]:.2f}")
     return {"rewards": rewards, "before": before, "after": rollouts(client, tokenizer, HELD_OUT, 4, max_tokens)}
@@ -74,7 +72,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Reinforcement learning on sums")
     parser.add_argument("--model", default="tinker-jax/tiny-qwen3", help="a hub id or a local directory")
     parser.add_argument("--max-tokens", type=int, default=8, help="room for an answer; a chatty model wants 64")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="an 8B model wants about 5e-5")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="an 8B model wants about 5e-5")
     args = parser.parse_args()
     result = run(args.model, max_tokens=args.max_tokens, learning_rate=args.learning_rate)
     print(f"held-out reward: {mean_reward(result['before']):.2f} before, {mean_reward(result['after']):.2f} after")

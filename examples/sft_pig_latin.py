@@ -1,24 +1,25 @@
-"""Teaches a model Pig Latin with LoRA, then asks it for words it has not seen."""
+"""Teaches a model Pig Latin on made-up words with LoRA, then asks it for real words."""
 
 import argparse
 import random
 
 import tinker_jax as tinker
 
-TEXT = """
-album angel arrow autumn bacon bagel basket battle beard berry blank blink bloom board brain brick bring broom brush
-bucket canyon carpet chain chase chest choir cloth clown coast coral crane crumb dance dawn dish dozen drill elder
-engine envy fiber field flour fork fresh frost funny galaxy garlic ghost glove grape gravy happy hollow ice icon iron
-ivory jewel kayak kitten koala laugh layer liquid locket lunar magnet maple mimic mud nature ninja nurse oak ocean
-olive onion orbit organ oyster paddle panda panic parade pebble perch piano pilot pizza plank pouch prank puppy quake
-quiet quiz raft rain ranch rapid razor recipe rhyme rider ripple risk river roast robin round salmon scarf shade sheep
-shine shrimp sketch skunk slice smart smoke sneeze space spice spoon sport spray stone straw stripe summit swamp sweet
-sword tailor target thief ticket toast torch trail treat tulip tunnel ugly umpire uncle upset velvet video violet visit
-wagon walnut whale wheat whisk winter wisdom witch world wrist yacht zebra zero
+STARTS = """
+ab ac ad al am ant ap ar at au ea ed el en ep es ev ib id im in is ob oc of or os ou ub ul um un ut b bl br c ch cl cr
+d dr f fl fr g gl gr h j k l m n p ph pl pr r s sc sch sh sk sl sm sn sp st str sw t th thr tr v w wh z
 """
-WORDS = TEXT.split()
-random.Random(0).shuffle(WORDS)
-HELD_OUT, TRAIN = WORDS[:50], WORDS[50:]
+ENDS = """
+able acket ading ain amber ange arrow atch ead easure ection eeper ender ever ickle iddle ight illow inger itten oad
+older onder oom orest ottle ound ower ubber uddle umble unter urden ustice
+"""
+REAL = """
+acorn amber animal apple arrow autumn basket breeze bridge butter camera castle cherry circle cloud dragon eagle
+engine escape flower forest garden ghost grape hammer island jungle kitten ladder lemon market melon mirror ocean
+orange pepper planet rabbit river rocket school shadow silver stream summer table thunder tiger umbrella window
+"""
+HELD_OUT = REAL.split()
+TRAIN = [start + end for start in STARTS.split() for end in ENDS.split() if start + end not in HELD_OUT]
 
 
 def pig_latin(word: str) -> str:
@@ -52,7 +53,7 @@ def ask(client, tokenizer, words: list[str]) -> list[str]:
     return [tokenizer.decode(f.result().sequences[0].tokens, skip_special_tokens=True).strip() for f in futures]
 
 
-def run(model: str, steps: int = 50, batch: int = 32, learning_rate: float = 3e-3, report=print) -> dict:
+def run(model: str, steps: int = 60, batch: int = 32, learning_rate: float = 5e-3, report=print) -> dict:
     """Trains; returns the losses (nats a token) and the held-out answers before and after."""
     client = tinker.ServiceClient().create_lora_training_client(base_model=model, rank=32).result()
     tokenizer, rng, losses = client.get_tokenizer(), random.Random(0), []
@@ -72,9 +73,8 @@ def right(said: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="LoRA fine-tuning on Pig Latin")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="tinker-jax/tiny-qwen3", help="a hub id or a local directory")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="an 8B model wants about 3e-4")
-    args = parser.parse_args()
-    result = run(args.model, learning_rate=args.learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="an 8B model wants about 3e-4")
+    result = run(**vars(parser.parse_args()))
     print(f"held-out words right: {right(result['before']):.0%} before, {right(result['after']):.0%} after")

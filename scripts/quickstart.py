@@ -74,11 +74,11 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
 
-    print(f"1. Pig Latin: {args.model} has never seen it. LoRA of rank 32, {len(sft_pig_latin.TRAIN)} example words.")
+    print(f"1. Pig Latin: {args.model} has never seen it. LoRA of rank 32 on made-up words.")
     sft = sft_pig_latin.run(args.model, report=progress())
     knew, knows = sft_pig_latin.right(sft["before"]), sft_pig_latin.right(sft["after"])
-    print("\n   Words it was not trained on:")
-    words = list(zip(sft_pig_latin.HELD_OUT, sft["before"], sft["after"], strict=True))[:6]
+    print("\n   Real words, which it was not trained on:")
+    words = list(zip(sft_pig_latin.HELD_OUT, sft["before"], sft["after"], strict=True))[4::7]
     table(("word", "before", "after"), [(word, repr(old), repr(new)) for word, old, new in words])
 
     print("\n2. Sums: it has learned from careless homework. Now only right answers are rewarded.")
