@@ -53,6 +53,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
     Raises:
         NotFoundError: there is none that transformers can load.
     """
+    # Its advice to install PyTorch is wrong here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     # transformers makes up an empty tokenizer where the files are missing.
