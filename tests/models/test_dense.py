@@ -16,7 +16,7 @@ def logits(cfg, params, h_MD):
     return jax.nn.log_softmax(h_MD @ dense.unembedding(cfg, params).T, axis=-1)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_forward_and_decode_match_transformers(family):
     model = tiny.model(family)
     cfg, params = tiny.base_params(family, model)
