@@ -62,8 +62,8 @@ class FakeEngine:
     def info(self) -> Future[FakeInfo]:
         return self._pool.submit(lambda: FakeInfo(self.base_model, "qwen3", "/nowhere", 64, 100))
 
-    def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[None]:
-        return self._run(("create_adapter", model_id, lora))
+    def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[LoraConfig]:
+        return self._run(("create_adapter", model_id, lora), lora)
 
     def load_adapter(self, model_id: str, path: str, *, with_optimizer: bool, create: bool) -> Future[LoraConfig]:
         return self._run(("load_adapter", model_id, path, with_optimizer, create), LoraConfig(rank=4))

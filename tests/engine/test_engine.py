@@ -123,6 +123,15 @@ def test_sampler_and_trainer_agree_on_the_adapter(engine, model_id):
         np.testing.assert_allclose(sequence.logprobs, trainer, atol=1e-5)
 
 
+def test_a_seed_that_was_drawn_is_told_and_makes_the_same_adapter_again(engine):
+    drawn = engine.create_adapter("unseeded", LoraConfig(rank=4)).result(120)
+    assert drawn.seed is not None
+    engine.create_adapter("again", drawn)
+    for name in ("unseeded", "again"):
+        train(engine, name, 1)
+    np.testing.assert_array_equal(score(engine, "unseeded"), score(engine, "again"))
+
+
 def test_a_snapshot_keeps_the_weights_of_its_place_in_the_order(engine, model_id):
     train(engine, model_id, 2)
     engine.snapshot(model_id, "frozen")

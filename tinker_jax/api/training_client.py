@@ -336,7 +336,7 @@ def open_training_client(
     check_metadata(user_metadata)
     engine = session.engine(base_model_name(base_model))
     model_id = session.next_model_id()
-    ready = Derived(lambda _: lora, engine.create_adapter(model_id, lora))
+    ready = engine.create_adapter(model_id, lora)
     return _training_client_of(session, engine, model_id, ready, user_metadata)
 
 

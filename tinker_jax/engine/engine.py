@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import logging
 import secrets
@@ -187,12 +188,13 @@ class Engine:
         """Facts about the base model, once it is loaded."""
         return self._worker.submit("info", lambda: self._info)
 
-    def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[None]:
-        """Makes a fresh adapter; without a seed it draws one."""
+    def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[LoraConfig]:
+        """Makes a fresh adapter; without a seed it draws one, which the result tells."""
 
-        def run() -> None:
+        def run() -> LoraConfig:
             seed = secrets.randbits(32) if lora.seed is None else lora.seed
             self._adapters[model_id] = self._trainer.new_adapter(lora, seed)
+            return dataclasses.replace(lora, seed=seed)
 
         return self._worker.submit(model_id, run)
 
