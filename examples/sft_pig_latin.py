@@ -75,6 +75,6 @@ def right(said: list[str]) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="tinker-jax/tiny-qwen3", help="a hub id or a local directory")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="an 8B model wants about 3e-4")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="a larger model wants less")
     result = run(**vars(parser.parse_args()))
     print(f"held-out words right: {right(result['before']):.0%} before, {right(result['after']):.0%} after")

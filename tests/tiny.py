@@ -38,6 +38,7 @@ CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=False),
 }
 FAMILIES = tuple(CONFIGS)
+# For the forward pass alone: everything else about an untied head is tested with the Qwens.
 CONFIGS["llama untied"] = lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=False)
 
 

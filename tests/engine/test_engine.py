@@ -1,6 +1,5 @@
 """The engine end to end: training, sampling and checkpoints of several clients on one base model."""
 
-import gc
 import logging
 import re
 import threading
@@ -464,7 +463,6 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
         == 1
     )
     assert sum(m.startswith("wrote tinker://log:train:0/weights/a") for m in messages) == 1
-    gc.collect()
 
 
 def test_closing_ends_what_is_under_way_and_frees_the_weights(checkpoint, tmp_path):

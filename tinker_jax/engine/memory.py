@@ -17,7 +17,7 @@ from tinker_jax.models.dense import Remat
 from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
 
-_MOST_TOKENS = 8192  # larger micro-batches gain nothing measurable and lengthen the wait of other requests
+_MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _LEAST_TOKENS = 2048
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from . import xla
 
 # What one tile of float32 logits may take. A GPU or TPU needs about a thousand rows before the product stops waiting
-# for the head to be read from memory; a CPU reaches its peak long before.
+# for the head to be read from memory (reasoned, not measured); a CPU
+# reaches its peak long before.
 _TILE_BYTES = {"cpu": 64 << 20}
 _TILE_BYTES_ACCELERATOR = 512 << 20
 
