@@ -86,7 +86,7 @@ def _log_fallback(name: str, reason: str) -> None:
 
 def _run(name: Implementation, platform: str, mesh: Mesh | None, arrays, scale: float, window: int | None) -> jax.Array:
     run = functools.partial(_backend(name, platform), scale=scale, window=window)
-    if name in ("splash", "cudnn") and mesh is not None and mesh.size > 1:
+    if name != "reference" and mesh is not None and mesh.size > 1:
         run = _on_each_device(run, mesh, arrays)
     return run(*arrays)
 
@@ -102,17 +102,13 @@ def _backend(name: Implementation, platform: str) -> Callable[..., jax.Array]:
         if platform != "gpu":
             raise NotImplementedError(f"cuDNN attention runs on NVIDIA GPUs, not on {platform!r}")
         return cudnn_attention
-    return {"blockwise": _blockwise, "reference": reference_attention}[name]
-
-
-def _blockwise(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sinks_N, *, scale: float, window: int | None) -> jax.Array:
-    if window is not None or sinks_N is not None:
-        raise NotImplementedError("blockwise attention has no sliding window and no sinks yet")
-    return blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale)
+    if name == "blockwise":
+        return functools.partial(blockwise_attention, rows_at_once=1 if platform == "cpu" else None)
+    return reference_attention
 
 
 def _on_each_device(run: Callable[..., jax.Array], mesh: Mesh, arrays) -> Callable[..., jax.Array]:
-    """GSPMD cannot cut a custom call: every device calls it on its own rows and heads."""
+    """Every device works on its own rows and heads: GSPMD cannot cut a custom call, nor a loop over rows."""
     _, k_BTKH, *_ = arrays
     rows = sharding.RULES["rows"] if k_BTKH.shape[0] % sharding.parts(mesh, "rows") == 0 else None
     heads = sharding.RULES["kv_heads"] if k_BTKH.shape[2] % sharding.parts(mesh, "kv_heads") == 0 else None

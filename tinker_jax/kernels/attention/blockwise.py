@@ -1,54 +1,61 @@
 """Attention in blocks, in plain XLA: no T × T array in either direction, and no work on blocks that no segment touches.
 
 The online softmax is that of Milakov & Gimelshein (arXiv:1805.02867), the recomputing backward pass that of Dao et al.,
-FlashAttention (arXiv:2205.14135). Query heads that share a key head are stacked along the rows of one matrix product, and
-arrays are laid out [B·K, rows, H], because on CPU the transposing copies of the obvious layout cost more than the products.
+FlashAttention (arXiv:2205.14135).
+
+What a CPU wants decides the layout. Scores are held transposed, keys down and queries across, and every operand is laid out
+so that each product is a plain matrix product: a transposed left side costs three times as much. The query heads that share a
+key head lie side by side (R = G·C columns), and everything that depends on the query alone is a row of R numbers, so that the
+mask is two vector comparisons.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128
-_MASKED = -1e30  # finite: exp(_MASKED - _MASKED) of a row that is masked throughout a block must not be NaN
+from tinker_jax.kernels.attention.names import RESIDUALS
+
+BLOCK = 256
+_MASKED = -1e30  # finite: exp(_MASKED - _MASKED) of a query that sees nothing of a block must not be NaN
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, scale: float
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    rows_at_once: int | None = None,
 ) -> jax.Array:
-    """See `tinker_jax.kernels.attention.attention`."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale)[0]
+    """See `tinker_jax.kernels.attention.attention`.
 
-
-def _blocks(T: int) -> tuple[int, int]:
-    """Block length and number of blocks for rows of T tokens."""
+    Args:
+        q_BTNH: queries; k, v and the rest as there.
+        rows_at_once: rows of one block product, a divisor of B; None: all. One keeps a block of scores in a CPU's cache.
+    """
+    T = q_BTNH.shape[1]
     C = min(BLOCK, T)
-    return C, -(-T // C)
+    padding = -T % C
+    if padding:
+        q_BTNH, k_BTKH, v_BTKH = (
+            jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
+        )
+        segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)), constant_values=-1)
+    first_BT, last_BT = _seen(segment_ids_BT, window)
+    static = (C, rows_at_once or q_BTNH.shape[0], scale)
+    return _attention(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT)[:, :T]
 
 
-def _pad(x: jax.Array, axis: int, size: int, value: int = 0) -> jax.Array:
-    width = size - x.shape[axis]
-    return x if not width else jnp.pad(x, [(0, width if i == axis else 0) for i in range(x.ndim)], constant_values=value)
-
-
-def _to_heads(x_BTNH: jax.Array, K: int, T: int) -> jax.Array:
-    """[B, T, K·G, H] → [B, K, G, T padded, H]."""
-    B, _, N, H = x_BTNH.shape
-    x = x_BTNH.reshape(B, x_BTNH.shape[1], K, N // K, H).transpose(0, 2, 3, 1, 4)
-    return _pad(x, 3, T)
-
-
-def _from_heads(x_BKGTH: jax.Array, T: int) -> jax.Array:
-    B, K, G, _, H = x_BKGTH.shape
-    return x_BKGTH[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
-
-
-def _segment_bounds(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First and last position of the segment each token lies in, int32 [B, T]."""
+def _seen(segment_ids_BT: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """For each position the first that it sees, and the last that sees it, int32 [B, T]."""
     B, T = segment_ids_BT.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     change = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
@@ -57,108 +64,167 @@ def _segment_bounds(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     ends = jnp.concatenate([change, edge], axis=1)
     first = jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
     last = jax.lax.cummin(jnp.where(ends, positions, T), axis=1, reverse=True)
-    return first, last
+    if window is None:
+        return first, last
+    return jnp.maximum(first, positions - window + 1), jnp.minimum(last, positions + window - 1)
 
 
-def _rows(x: jax.Array, i: jax.Array, C: int) -> jax.Array:
-    """Block i along the next-to-last axis."""
-    return jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=x.ndim - 2)
+# ---- layouts: blocks of C positions first; G·C queries, or C keys, in every block ----
 
 
-def _mask(segments: jax.Array, i: jax.Array, j: jax.Array, C: int) -> jax.Array:
-    """[B, 1, 1, C, C]: may query s of block i see key t of block j?"""
-    seg_q = jax.lax.dynamic_slice_in_dim(segments, i * C, C, axis=1)
-    seg_k = jax.lax.dynamic_slice_in_dim(segments, j * C, C, axis=1)
-    pos = jnp.arange(C, dtype=jnp.int32)
-    causal = (i * C + pos)[:, None] >= (j * C + pos)[None, :]
-    return ((seg_q[:, :, None] == seg_k[:, None, :]) & causal[None])[:, None, None]
+def _down(x_BTNH: jax.Array, K: int, C: int) -> jax.Array:
+    """[B, T, K·G, H] → [T / C, B, K, G·C, H]."""
+    B, T, N, H = x_BTNH.shape
+    x = x_BTNH.reshape(B, T // C, C, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(T // C, B, K, N // K * C, H)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
-    s = jnp.einsum("BKGCH,BKSH->BKGCS", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(mask, s * scale, _MASKED)
+def _across(x_BTNH: jax.Array, K: int, C: int) -> jax.Array:
+    """[B, T, K·G, H] → [T / C, B, K, H, G·C]."""
+    B, T, N, H = x_BTNH.shape
+    x = x_BTNH.reshape(B, T // C, C, K, N // K, H).transpose(1, 0, 3, 5, 4, 2)
+    return x.reshape(T // C, B, K, H, N // K * C)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale):
-    B, T, N, H = q_BTNH.shape
+def _from_down(x: jax.Array) -> jax.Array:
+    """[blocks, B, K, C, H] → [B, T, K, H]."""
+    blocks, B, K, C, H = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, blocks * C, K, H)
+
+
+def _from_across(x: jax.Array, C: int) -> jax.Array:
+    """[blocks, B, K, H, G·C] → [B, T, K·G, H]."""
+    blocks, B, K, H, R = x.shape
+    x = x.reshape(blocks, B, K, H, R // C, C).transpose(1, 0, 5, 2, 4, 3)
+    return x.reshape(B, blocks * C, K * (R // C), H)
+
+
+def _a_query(x_BT: jax.Array, G: int, C: int) -> jax.Array:
+    """One number a position, [B, T] → [T / C, B, 1, 1, G·C]."""
+    B, T = x_BT.shape
+    return jnp.tile(x_BT.reshape(B, T // C, C).transpose(1, 0, 2), (1, 1, G))[:, :, None, None]
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(k_BKCH: jax.Array, q_BKHR: jax.Array, scale: float, j: jax.Array, first: jax.Array, own: jax.Array) -> jax.Array:
+    """Masked scores [B, K, C, R] of the keys of block j."""
+    C = k_BKCH.shape[2]
+    keys = (j * C + jnp.arange(C, dtype=jnp.int32))[None, None, :, None]
+    s = _product("BKCH,BKHR->BKCR", k_BKCH, q_BKHR) * scale
+    return jnp.where((first <= keys) & (keys <= own), s, _MASKED)
+
+
+def _queries(first_BT: jax.Array, G: int, C: int) -> tuple[jax.Array, jax.Array]:
+    """What the mask asks of each query: the first position it sees, and its own."""
+    own_BT = jnp.broadcast_to(jnp.arange(first_BT.shape[1], dtype=jnp.int32)[None], first_BT.shape)
+    return _a_query(first_BT, G, C), _a_query(own_BT, G, C)
+
+
+def _by_group(one_group: Any, rows: int, arrays: tuple[jax.Array, ...]) -> Any:
+    """`one_group` on so many rows of all arrays at a time."""
+    count = arrays[0].shape[0] // rows
+    if count == 1:
+        return one_group(*arrays)
+    split = tuple(x.reshape(count, rows, *x.shape[1:]) for x in arrays)
+    out = jax.lax.map(lambda group: one_group(*group), split)
+    return jax.tree.map(lambda x: x.reshape(count * rows, *x.shape[2:]), out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
+    return _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT)[0]
+
+
+def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
+    C, rows, scale = static
+    N, H = q_BTNH.shape[2:]
     K = k_BTKH.shape[2]
-    C, blocks = _blocks(T)
-    Tp = C * blocks
-    q = _to_heads(q_BTNH, K, Tp)
-    k, v = _to_heads(k_BTKH, K, Tp)[:, :, 0], _to_heads(v_BTKH, K, Tp)[:, :, 0]
-    segments = _pad(segment_ids_BT.astype(jnp.int32), 1, Tp, -1)
-    first, _ = _segment_bounds(segments)
-    lowest = jnp.min(first, axis=0)[::C] // C  # first key block that any row of query block i needs
+    G = N // K
+    if sinks_N is None:
+        top, total = jnp.full((rows, K, 1, G * C), _MASKED), jnp.zeros((rows, K, 1, G * C))
+    else:  # a sink is a score that every query meets first; its value is zero
+        sink = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), C, axis=1)[None, :, None]
+        top, total = jnp.broadcast_to(sink, (rows, K, 1, G * C)), jnp.ones((rows, K, 1, G * C))
+    start = (jnp.zeros((rows, K, H, G * C)), top, total)
 
-    def query_block(_, i):
-        qi = _rows(q, i, C)
+    def group(q_BTNH, k_BTKH, v_BTKH, first_BT):
+        q, k, v = _across(q_BTNH, K, C), _down(k_BTKH, K, C), _across(v_BTKH, K, C)
+        lowest = jnp.min(first_BT, axis=0).reshape(-1, C).min(axis=1) // C
 
-        def key_block(j, carry):
-            acc, top, total = carry
-            s = _scores(qi, _rows(k, j, C), _mask(segments, i, j, C), scale)
-            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
-            p = jnp.exp(s - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            pv = jnp.einsum("BKGCS,BKSH->BKGCH", p.astype(v.dtype), _rows(v, j, C), preferred_element_type=jnp.float32)
-            return acc * shrink[..., None] + pv, new_top, total * shrink + jnp.sum(p, axis=-1)
+        def query_block(_, xs):
+            i, qi, first, own, low = xs
 
-        rows = (B, K, N // K, C)
-        start = (jnp.zeros((*rows, H), jnp.float32), jnp.full(rows, _MASKED), jnp.zeros(rows, jnp.float32))
-        # A block that is masked throughout can come first for a row; its weight is wiped out by `shrink` = 0 at the row's
-        # first real key, which always exists: a token sees itself.
-        acc, top, total = jax.lax.fori_loop(lowest[i], i + 1, key_block, start)
-        return None, ((acc / total[..., None]).astype(q.dtype), top + jnp.log(total))
+            def key_block(j, carry):
+                acc, top, total = carry
+                s = _scores(k[j], qi, scale, j, first, own)
+                new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
+                p = jnp.exp(s - new_top)
+                shrink = jnp.exp(top - new_top)
+                pv = _product("BKHC,BKCR->BKHR", v[j], p.astype(v.dtype))
+                return acc * shrink + pv, new_top, total * shrink + jnp.sum(p, axis=2, keepdims=True)
 
-    _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(blocks, dtype=jnp.int32))
-    out = jnp.moveaxis(out, 0, 3).reshape(B, K, N // K, Tp, H)
-    lse = jnp.moveaxis(lse, 0, 3).reshape(B, K, N // K, Tp)
-    return _from_heads(out, T), (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out, lse)
+            # A query that sees nothing of a block gives it weight 1 a key; `shrink` = 0 wipes that out at its first real
+            # key, which always comes: a token sees itself, in the last block.
+            acc, top, total = jax.lax.fori_loop(low, i + 1, key_block, start)
+            return None, ((acc / total).astype(q.dtype), top + jnp.log(total))
 
+        blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
+        _, (out, lse) = jax.lax.scan(query_block, None, (blocks, q, *_queries(first_BT, G, C), lowest))
+        return _from_across(out, C), _from_across(lse, C)
 
-def _backward(scale, saved, grad_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out, lse = saved
-    B, T, _, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    C, blocks = _blocks(T)
-    Tp = C * blocks
-    q, grad = _to_heads(q_BTNH, K, Tp), _to_heads(grad_BTNH, K, Tp)
-    k, v = _to_heads(k_BTKH, K, Tp)[:, :, 0], _to_heads(v_BTKH, K, Tp)[:, :, 0]
-    segments = _pad(segment_ids_BT.astype(jnp.int32), 1, Tp, -1)
-    _, last = _segment_bounds(segments)
-    highest = jnp.max(last, axis=0)[C - 1 :: C] // C  # last query block that any row of key block j serves
-    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-
-    def key_block(dq, j):
-        kj, vj = _rows(k, j, C), _rows(v, j, C)
-
-        def query_block(i, carry):
-            dq, dk, dv = carry
-            qi, gi = _rows(q, i, C), _rows(grad, i, C)
-            s = _scores(qi, kj, _mask(segments, i, j, C), scale)
-            p = jnp.exp(s - _rows(lse[..., None], i, C))
-            dv = dv + jnp.einsum("BKGCS,BKGCH->BKSH", p.astype(gi.dtype), gi, preferred_element_type=jnp.float32)
-            dp = jnp.einsum("BKGCH,BKSH->BKGCS", gi, vj, preferred_element_type=jnp.float32)
-            ds = (p * (dp - _rows(delta[..., None], i, C)) * scale).astype(qi.dtype)
-            dk = dk + jnp.einsum("BKGCS,BKGCH->BKSH", ds, qi, preferred_element_type=jnp.float32)
-            dqi = jnp.einsum("BKGCS,BKSH->BKGCH", ds, kj, preferred_element_type=jnp.float32)
-            dq = jax.lax.dynamic_update_slice_in_dim(dq, _rows(dq, i, C) + dqi, i * C, axis=3)
-            return dq, dk, dv
-
-        zero = jnp.zeros((B, K, C, H), jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(j, highest[j] + 1, query_block, (dq, zero, zero))
-        return dq, (dk, dv)
-
-    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks, dtype=jnp.int32))
-
-    def back(x):  # [blocks, B, K, C, H] → [B, T, K, H]
-        return jnp.moveaxis(x, 0, 2).reshape(B, K, Tp, H)[:, :, :T].transpose(0, 2, 1, 3)
-
-    return (
-        _from_heads(dq, T).astype(q_BTNH.dtype),
-        back(dk).astype(k_BTKH.dtype),
-        back(dv).astype(v_BTKH.dtype),
-        None,
-    )
+    out_BTNH, lse_BTN1 = _by_group(group, rows, (q_BTNH, k_BTKH, v_BTKH, first_BT))
+    out_BTNH, lse_BTN1 = checkpoint_name(out_BTNH, RESIDUALS), checkpoint_name(lse_BTN1, RESIDUALS)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT, out_BTNH, lse_BTN1)
 
 
-blockwise_attention.defvjp(_forward, _backward)
+def _backward(static, saved, grad_BTNH):
+    C, rows, scale = static
+    q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT, out_BTNH, lse_BTN1 = saved
+    K, H = k_BTKH.shape[2:]
+    G = q_BTNH.shape[2] // K
+    delta_BTN1 = jnp.sum(grad_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+
+    def group(q_BTNH, k_BTKH, v_BTKH, grad_BTNH, delta_BTN1, lse_BTN1, first_BT, last_BT):
+        q, q_down = _across(q_BTNH, K, C), _down(q_BTNH, K, C)
+        grad, grad_down = _across(grad_BTNH, K, C), _down(grad_BTNH, K, C)
+        delta, lse = _across(delta_BTN1, K, C), _across(lse_BTN1, K, C)
+        first, own = _queries(first_BT, G, C)
+        highest = jnp.max(last_BT, axis=0).reshape(-1, C).max(axis=1) // C
+        zero = jnp.zeros((rows, K, C, H), jnp.float32)
+
+        def key_block(dq, xs):
+            j, k, k_across, v, high = xs
+
+            def query_block(i, carry):
+                dq, dk, dv = carry
+                p = jnp.exp(_scores(k, q[i], scale, j, first[i], own[i]) - lse[i])
+                dv = dv + _product("BKCR,BKRH->BKCH", p.astype(grad.dtype), grad_down[i])
+                dp = _product("BKCH,BKHR->BKCR", v, grad[i])
+                ds = (p * (dp - delta[i])).astype(q.dtype)
+                dk = dk + _product("BKCR,BKRH->BKCH", ds, q_down[i])
+                dqi = _product("BKHC,BKCR->BKHR", k_across, ds)
+                return jax.lax.dynamic_update_index_in_dim(dq, dq[i] + dqi, i, 0), dk, dv
+
+            dq, dk, dv = jax.lax.fori_loop(j, high + 1, query_block, (dq, zero, zero))
+            return dq, (dk, dv)
+
+        blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
+        k = _down(k_BTKH, K, C)
+        xs = (blocks, k, k.swapaxes(-1, -2), _down(v_BTKH, K, C), highest)
+        dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), xs)
+        dq = (_from_across(dq, C) * scale).astype(q_BTNH.dtype)
+        return dq, (_from_down(dk) * scale).astype(k_BTKH.dtype), _from_down(dv).astype(v_BTKH.dtype)
+
+    arrays = (q_BTNH, k_BTKH, v_BTKH, grad_BTNH, delta_BTN1, lse_BTN1, first_BT, last_BT)
+    dq, dk, dv = _by_group(group, rows, arrays)
+    dsinks = None
+    if sinks_N is not None:
+        share_BTN = jnp.exp(sinks_N.astype(jnp.float32)[None, None] - lse_BTN1[..., 0])
+        dsinks = -jnp.sum(share_BTN * delta_BTN1[..., 0], axis=(0, 1)).astype(sinks_N.dtype)
+    return dq, dk, dv, dsinks, None, None
+
+
+_attention.defvjp(_forward, _backward)
