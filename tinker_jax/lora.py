@@ -14,6 +14,11 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCTS = "products"
+"""Name, for a rematerialisation policy, of what matrix products made."""
 
 ALPHA = 32.0
 """Tinker's constant α: an update is scaled by α / rank."""
@@ -100,10 +105,26 @@ def scaled(adapter: Adapter, factor: jax.Array | float) -> Adapter:
     return fold(adapter)
 
 
-def apply(x_MD: jax.Array, factors: Mapping[str, jax.Array]) -> jax.Array:
-    """The low-rank update `(x a) b` of tokens [M, D_in] in x's dtype; `factors` are scaled already."""
-    a, b = factors["a"].astype(x_MD.dtype), factors["b"].astype(x_MD.dtype)
-    return (x_MD @ a) @ b
+def updates(x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None]) -> list[jax.Array | None]:
+    """The low-rank updates `(x a) b` of linears that read the same tokens x [M, D_in], in x's dtype.
+
+    The narrow products with every `a` are made as one, forward and backward.
+
+    Args:
+        x_MD: the linears' input.
+        adapters: `{"a": [D_in, R], "b": [R, D_out]}` of each, scaled already, or None for one that has none.
+
+    Returns:
+        [M, D_out] of each, or None.
+    """
+    given = [x for x in adapters if x is not None]
+    if not given:
+        return [None] * len(adapters)
+    a = jnp.concatenate([x["a"] for x in given], axis=-1).astype(x_MD.dtype)
+    z = checkpoint_name(x_MD @ a, PRODUCTS)
+    ends = np.cumsum([x["a"].shape[-1] for x in given])[:-1]
+    parts = iter(jnp.split(z, ends, axis=-1))
+    return [None if x is None else next(parts) @ x["b"].astype(x_MD.dtype) for x in adapters]
 
 
 def groups(*, train_attn: bool, train_mlp: bool, train_unembed: bool) -> tuple[str, ...]:

@@ -17,11 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tinker_jax.kernels.attention import attention
+from tinker_jax.kernels.attention.names import RESIDUALS
+from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.layers import Linear, RMSNorm, rope_table, rotate
+from tinker_jax.models.layers import Linear, RMSNorm, project, rope_table, rotate
 
 Params = Mapping[str, jax.Array]
-Remat = Literal["none", "full"]
+Remat = Literal["none", "attention", "full"]
+
+#: What a layer keeps for the backward pass beside its input. Norms, rotations and gates are computed again in any case: that
+#: costs less than to write and read what they made.
+_KEPT: Mapping[Remat, tuple[str, ...]] = {"none": (PRODUCTS, RESIDUALS), "attention": (RESIDUALS,), "full": ()}
 
 #: (q [M,N,H], k [M,K,H], v [M,K,H]) → (out [M,N,H], whatever the caller wants kept of this layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -57,18 +63,20 @@ class Block(nnx.Module):
         self, h_MD: jax.Array, rope: tuple[jax.Array, jax.Array], lora: Mapping[str, Any], attend: Attend
     ) -> tuple[jax.Array, Any]:
         cfg, M = self.cfg, h_MD.shape[0]
-        x_MD = self.attn_norm(h_MD)
-        q_MNH = self.q_proj(x_MD, lora.get("q_proj")).reshape(M, cfg.N, cfg.H)
-        k_MKH = self.k_proj(x_MD, lora.get("k_proj")).reshape(M, cfg.K, cfg.H)
-        v_MKH = self.v_proj(x_MD, lora.get("v_proj")).reshape(M, cfg.K, cfg.H)
+
+        def linears(x_MD: jax.Array, *names: str) -> list[jax.Array]:
+            return project(x_MD, [getattr(self, name) for name in names], [lora.get(name) for name in names])
+
+        q, k, v = linears(self.attn_norm(h_MD), "q_proj", "k_proj", "v_proj")
+        q_MNH, k_MKH, v_MKH = q.reshape(M, cfg.N, cfg.H), k.reshape(M, cfg.K, cfg.H), v.reshape(M, cfg.K, cfg.H)
         if self.q_norm is not None and self.k_norm is not None:
             q_MNH, k_MKH = self.q_norm(q_MNH), self.k_norm(k_MKH)
         out_MNH, kept = attend(rotate(q_MNH, rope), rotate(k_MKH, rope), v_MKH)
-        h_MD = h_MD + self.o_proj(out_MNH.reshape(M, cfg.N * cfg.H), lora.get("o_proj"))
-        x_MD = self.mlp_norm(h_MD)
-        gate_MF = jax.nn.silu(self.gate_proj(x_MD, lora.get("gate_proj")))
-        up_MF = self.up_proj(x_MD, lora.get("up_proj"))
-        return h_MD + self.down_proj(gate_MF * up_MF, lora.get("down_proj")), kept
+        (out_MD,) = linears(out_MNH.reshape(M, cfg.N * cfg.H), "o_proj")
+        h_MD = h_MD + out_MD
+        gate_MF, up_MF = linears(self.mlp_norm(h_MD), "gate_proj", "up_proj")
+        (down_MD,) = linears(jax.nn.silu(gate_MF) * up_MF, "down_proj")
+        return h_MD + down_MD, kept
 
 
 class Decoder(nnx.Module):
@@ -121,8 +129,7 @@ class Decoder(nnx.Module):
             block, factors = xs
             return block(h_MD, rope, factors, attend)
 
-        if remat == "full":
-            layer = jax.checkpoint(layer)
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*_KEPT[remat]))
         h_MD = self.embedding_VD[...][tokens_BT.reshape(B * T)]
         h_MD, cache = jax.lax.scan(layer, h_MD, (self.layers, (lora or {}).get("layers", {})))
         return self.final_norm(h_MD), cache

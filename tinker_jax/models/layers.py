@@ -5,31 +5,38 @@ Tokens are flat [M, D] through every linear: on CPU the transposing copies of [B
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tinker_jax import lora
 from tinker_jax.models.config import Rope
 
 
 class Linear(nnx.Module):
-    """y = x W + b, plus the adapter's update when one is given. W [D_in, D_out]."""
+    """y = x W + b, plus an adapter's update when one is given. W [D_in, D_out]."""
 
     def __init__(self, kernel: jax.Array, bias: jax.Array | None = None) -> None:
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
 
-    def __call__(self, x_MD: jax.Array, factors: Mapping[str, jax.Array] | None = None) -> jax.Array:
+    def __call__(self, x_MD: jax.Array, update: jax.Array | None = None) -> jax.Array:
         y = x_MD @ self.kernel[...]
         if self.bias is not None:
             y = y + self.bias[...][None]
-        if factors is not None:
-            y = y + lora.apply(x_MD, factors)
-        return y
+        if update is not None:
+            y = y + update
+        return checkpoint_name(y, lora.PRODUCTS)
+
+
+def project(x_MD: jax.Array, linears: Sequence[Linear], adapters: Sequence[Mapping[str, jax.Array] | None]) -> list[jax.Array]:
+    """Several linears of the same tokens, each with its adapter where it has one."""
+    updates = lora.updates(x_MD, adapters)
+    return [linear(x_MD, update) for linear, update in zip(linears, updates, strict=True)]
 
 
 class RMSNorm(nnx.Module):

@@ -45,9 +45,7 @@ def blockwise_attention(
     C = min(BLOCK, T)
     padding = -T % C
     if padding:
-        q_BTNH, k_BTKH, v_BTKH = (
-            jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
-        )
+        q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
         segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)), constant_values=-1)
     first_BT, last_BT = _seen(segment_ids_BT, window)
     static = (C, rows_at_once or q_BTNH.shape[0], scale)
