@@ -1,7 +1,8 @@
-"""Packing: sequences of any length → rows of few lengths, in micro-batches of bounded size. Pure NumPy.
+"""Packing: sequences of any length → micro-batches of few shapes. Pure NumPy.
 
-Rows come from first-fit decreasing (Johnson et al., 1974). Shapes come from short lists of buckets, so that a long run with
-random lengths compiles a small, fixed number of programs.
+A micro-batch is one long row for each device that shares the rows, filled first-fit decreasing (Johnson et al., 1974). Its
+length comes from a short list, so that a long run with random lengths compiles a small, fixed number of programs, and is
+chosen anew for every micro-batch, so that the last one is not mostly padding.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_ROW = 64
-FULL_ROW = 512
-"""Rows are made at least so long while there are tokens to fill them: short sequences then share few shapes."""
+MIN_ROW = 128
+LONG_ROW = 8192
+"""Beyond it, lengths are also 1.5 times a power of two: such rows hold one sequence, whose padding nothing can fill."""
+
+_MOST_PADDING = 0.2  # of a row; half of it, and the rest in another micro-batch, costs less
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,32 @@ class MicroBatch:
 
 
 def bucket(n: int) -> int:
-    """The smallest row length that holds n tokens: a power of two from `MIN_ROW`, or 1.5 times one from `FULL_ROW`."""
+    """The smallest row length that holds n tokens: a power of two from `MIN_ROW`, or 1.5 times one from `LONG_ROW`."""
     size = MIN_ROW
     while size < n:
-        if size >= FULL_ROW and size + size // 2 >= n:
+        if size >= LONG_ROW and size + size // 2 >= n:
             return size + size // 2
         size *= 2
     return size
 
 
-def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` grouped into rows whose sums stay within `capacity`.
+def first_fit_decreasing(lengths: Sequence[int], capacity: int, rows: int, most: int) -> list[list[int]]:
+    """Indices of `lengths` that go into `rows` rows: longest first, each into the first row with room, if there is one.
 
-    Longest first, each into the first row with room. Equal lengths keep their order, so packing is reproducible.
+    Args:
+        lengths: of the sequences. Equal lengths keep their order, so packing is reproducible.
+        capacity: tokens a row may hold.
+        rows: number of rows.
+        most: sequences a row may hold.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
+    out: list[list[int]] = [[] for _ in range(rows)]
+    room = [capacity] * rows
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
-        if at is None:
-            at = len(rows)
-            rows.append([])
-            room.append(capacity)
-        rows[at].append(i)
-        room[at] -= lengths[i]
-    return rows
+        at = next((r for r in range(rows) if room[r] >= lengths[i] and len(out[r]) < most), None)
+        if at is not None:
+            out[at].append(i)
+            room[at] -= lengths[i]
+    return out
 
 
 def pack(
@@ -70,7 +74,8 @@ def pack(
     inputs: Sequence[Mapping[str, np.ndarray]],
     *,
     token_budget: int,
-    row_multiple: int = 1,
+    rows: int = 1,
+    most_sequences: int | None = None,
 ) -> list[MicroBatch]:
     """Packs sequences into micro-batches.
 
@@ -78,26 +83,40 @@ def pack(
         tokens: token ids of each sequence, [N_i].
         inputs: per sequence the same keys, arrays [N_i] or [N_i, K]; K is padded with zeros to a power of two that holds
             the widest of the call.
-        token_budget: most positions a micro-batch may hold; one row is always allowed.
-        row_multiple: number of rows is a multiple of this (devices that share the rows).
+        token_budget: most positions a micro-batch may hold, except that a row always holds the longest sequence.
+        rows: of every micro-batch: devices that share the rows.
+        most_sequences: in a row; None: any number.
 
     Returns:
         Micro-batches whose `places` cover every sequence exactly once.
     """
-    lengths = [len(t) for t in tokens]
-    share = -(-sum(lengths) // row_multiple)
-    T = bucket(max(max(lengths), min(FULL_ROW, share)))
-    rows = first_fit_decreasing(lengths, T)
-    most = max(row_multiple, token_budget // T)
+    todo = list(range(len(tokens)))
+    most_sequences = most_sequences or len(todo)
     batches = []
-    while rows:
-        # Powers of four: few shapes, and no padded rows beyond what `row_multiple` asks for.
-        B = row_multiple
-        while 4 * B <= min(most, len(rows)):
-            B *= 4
-        batches.append(_fill(tokens, inputs, rows[:B], (B, T)))
-        rows = rows[B:]
+    while todo:
+        lengths = [len(tokens[i]) for i in todo]
+        T = _row_length(lengths, token_budget, rows)
+        picked = [[todo[i] for i in row] for row in first_fit_decreasing(lengths, T, rows, most_sequences)]
+        # Fewer sequences than the tokens would allow need less of a row.
+        T = min(T, bucket(max(sum(len(tokens[i]) for i in row) for row in picked)))
+        batches.append(_fill(tokens, inputs, picked, (rows, T)))
+        gone = {i for row in picked for i in row}
+        todo = [i for i in todo if i not in gone]
     return batches
+
+
+def _row_length(lengths: Sequence[int], token_budget: int, rows: int) -> int:
+    """The longest row within the budget that would not be mostly padding, yet holds the longest sequence."""
+    share = -(-sum(lengths) // rows)
+    T = min(_power_of_two(share), _power_of_two(token_budget // rows + 1) // 2)
+    if share < (1 - _MOST_PADDING) * T:
+        T //= 2
+    return max(T, bucket(max(lengths)))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _fill(tokens, inputs, rows, shape: tuple[int, int]) -> MicroBatch:
@@ -106,7 +125,7 @@ def _fill(tokens, inputs, rows, shape: tuple[int, int]) -> MicroBatch:
     packed: dict[str, np.ndarray] = {}
     for key in inputs[0]:
         first = inputs[0][key]
-        wide = (1 << (max(x[key].shape[1] for x in inputs) - 1).bit_length(),) if first.ndim == 2 else ()
+        wide = (_power_of_two(max(x[key].shape[1] for x in inputs)),) if first.ndim == 2 else ()
         packed[key] = np.zeros(shape + wide, first.dtype)
     places = []
     for r, row in enumerate(rows):

@@ -129,7 +129,7 @@ class Trainer:
             tokens,
             loss_inputs(data, loss_fn, values),
             token_budget=self._plan.token_budget,
-            row_multiple=self._row_shards,
+            rows=self._row_shards,
         )
         scale = jnp.float32(state.scale)
         grads = jax.tree.map(jnp.zeros_like, state.params) if backward else None
