@@ -135,7 +135,9 @@ def trainer_step(trainer: Any, adapter: Any, data: Sequence[Any]) -> None:
 # ---- processes ----
 
 
-def child(script: str, arguments: Sequence[str], env: Mapping[str, str] | None = None, limit: float | None = None) -> list[dict]:
+def child(
+    script: str, arguments: Sequence[str], env: Mapping[str, str] | None = None, limit: float | None = None
+) -> list[dict]:
     """Runs `script` in a process of its own and returns the JSON objects that it printed, one a line.
 
     Args:
@@ -148,7 +150,7 @@ def child(script: str, arguments: Sequence[str], env: Mapping[str, str] | None =
         subprocess.SubprocessError: it failed or took longer; `parse(error.stdout)` is what it had printed.
     """
     command = [sys.executable, script, *arguments]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **(env or {})}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **env}
     return parse(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=limit).stdout)
 
 
@@ -184,10 +186,12 @@ def environment(*packages: str) -> dict[str, object]:
 
 
 def describe(facts: Mapping[str, Any]) -> str:
-    """`environment` in one line."""
+    """`environment` in a few lines."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_GiB']} GiB"
-    return f"{machine}, Python {facts['python']}, {versions} ({facts['date']}; load average before the run {facts['load_before']:.2f})"
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_GiB']} GiB; {facts['date']}; "
+        f"load average before the run {facts['load_before']:.2f}\nPython {facts['python']}, {versions}"
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

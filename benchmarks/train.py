@@ -280,8 +280,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if compared := [row(name, result) for name, result in results.items() if name != "overhead"]:
         print(_sides.table(HEADER, compared))
     if "overhead" in results:
-        through, alone, extra = (1e3 * results["overhead"][key] for key in ("client_s", "trainer_s", "overhead_s"))
-        print(f"\na step on the tiny model: {through:.2f} ms through the client, {alone:.2f} ms without it: {extra:.2f} ms overhead")
+        way = {key: f"{1e3 * seconds:.2f} ms" for key, seconds in results["overhead"].items()}
+        print(f"
+a step on the tiny model: {way['client_s']} through the client, {way['trainer_s']} without it")
+        print(f"API overhead: {way['overhead_s']} a step")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ FLOPs a token (LoRA has no gradients of frozen weights to compute, so a product 
     hardware  model + 2 · N_head (logits are computed again) + A / 2 (scores are computed again) + what rematerialisation
               repeats: 2 · N of the linears but down_proj, and with `full` also A
 
-MFU is model FLOPs over time and the chip's dense bfloat16 peak (`--peak`), hardware utilisation the same with hardware FLOPs.
+MFU is model FLOPs over time and the
+chip's dense bfloat16 peak (`--peak`), hardware utilisation the same with hardware FLOPs. Peak memory is the allocator's, for ours
+of all layouts up to that one.
 The adapter's own products, about a hundredth, are not counted.
 
     python benchmarks/train_gpu.py [--models 8B,0.6B] [--minutes 10] [--json out.json] [--profile DIR]
@@ -36,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +111,15 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
         lengths = documents(layout, smoke)
         data = _sides.datums(_sides.sequences(1, [n + 1 for n in lengths], cfg.V))
         adapter = trainer.new_adapter(LoraConfig(rank=RANK, train_unembed=False), 0)
-
-        def step(adapter=adapter, data=data) -> None:
-            _sides.trainer_step(trainer, adapter, data)
-
-        first, times = timed(step)
+        step = partial(_sides.trainer_step, trainer, adapter, data)
+        first, later = timed(step)
         stats = jax.local_devices()[0].memory_stats() or {}
         yield {
             "layout": layout,
             "device": jax.devices()[0].device_kind,
-            "tokens_per_s": sum(lengths) / times,
+            "tokens_per_s": sum(lengths) / later,
             "first_step_s": first,
-            "step_s": times,
+            "step_s": later,
             "peak_bytes": stats.get("peak_bytes_in_use"),
             "remat": plan.remat,
             "token_budget": plan.token_budget,
@@ -172,38 +172,44 @@ def peft(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
     with torch.device(device):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model, optimizer = _sides.with_lora(base, RANK)
+
+    def step(rows: Sequence[Sequence[int]]) -> None:
+        for at in range(0, len(rows), TORCH_ROWS):
+            with torch.autocast(device, torch.bfloat16):
+                _sides.torch_backward(model, rows[at : at + TORCH_ROWS], device)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def attempt(step: Callable[[], object]) -> tuple[float, float] | None:
+        try:
+            return timed(step)
+        except torch.OutOfMemoryError:  # whose traceback holds the memory until this function is left
+            return None
+
     checkpointing = False
     for layout in layouts:
         if layout == "packed":
             continue
         lengths = documents(layout, smoke)
         rows = _sides.sequences(1, [n + 1 for n in lengths], cfg.V)
-
-        def step(rows=rows) -> None:
-            for at in range(0, len(rows), TORCH_ROWS):
-                with torch.autocast(device, torch.bfloat16):
-                    _sides.torch_backward(model, rows[at : at + TORCH_ROWS], device)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if device == "cuda":
-                torch.cuda.synchronize()
-
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        try:
-            first, times = timed(step)
-        except torch.OutOfMemoryError:
+        measured = attempt(partial(step, rows))
+        if measured is None:
+            checkpointing = True
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
-            checkpointing = True
-            first, times = timed(step)
+            measured = timed(partial(step, rows))
+        first, later = measured
         yield {
             "layout": layout,
-            "tokens_per_s": sum(lengths) / times,
+            "tokens_per_s": sum(lengths) / later,
             "first_step_s": first,
-            "step_s": times,
+            "step_s": later,
             "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
             "gradient_checkpointing": checkpointing,
         }
@@ -221,28 +227,36 @@ SIDES = {"ours": ours, "torch": peft}
 # ---- in the parent ----
 
 
-def run_model(name: str, args: argparse.Namespace, deadline: float, cache: str) -> dict[str, Any]:
-    """Ours cold and warm, then torch; a side that runs out of time or memory keeps what it had finished."""
-    result: dict[str, Any] = {}
-    for kind, side, layouts in (("ours", "ours", args.layouts), ("warm", "ours", args.layouts[:1]), ("torch", "torch", args.layouts)):
-        arguments = ["--side", side, "--models", name, "--layouts", ",".join(layouts)]
-        arguments += ["--smoke"] if args.smoke else []
-        arguments += ["--profile", f"{args.profile}/{name}"] if args.profile and kind == "ours" else []
-        limit = min(args.seconds, deadline - time.monotonic())
-        if limit <= 0:
-            result[kind] = {"stopped": f"not started: the run's {args.minutes:g} minutes were over"}
-            continue
-        try:
-            lines, stopped = _sides.child(__file__, arguments, {"JAX_COMPILATION_CACHE_DIR": cache}, limit), None
-        except subprocess.TimeoutExpired as error:
-            lines, stopped = _sides.parse(error.stdout), f"stopped after {limit:.0f} s"
-        except subprocess.CalledProcessError as error:
-            lines, stopped = _sides.parse(error.stdout), f"failed with exit status {error.returncode}"
-        result[kind] = {"layouts": {line.pop("layout"): line for line in lines}}
-        if stopped:
-            result[kind]["stopped"] = stopped
-        print(f"{name}: {kind} {stopped or 'done'}", file=sys.stderr)
-    return result
+def run_side(
+    name: str, side: str, layouts: Sequence[str], args: argparse.Namespace, limit: float, cache: str
+) -> dict[str, Any]:
+    """One model on one side; running out of time or memory leaves what was finished before."""
+    if limit <= 0:
+        return {"layouts": {}, "stopped": f"not started: the run's {args.minutes:g} minutes were over"}
+    arguments = ["--side", side, "--models", name, "--layouts", ",".join(layouts)]
+    arguments += ["--smoke"] if args.smoke else []
+    arguments += ["--profile", f"{args.profile}/{name}"] if args.profile and side == "ours" else []
+    try:
+        lines, stopped = _sides.child(__file__, arguments, {"JAX_COMPILATION_CACHE_DIR": cache}, limit), None
+    except subprocess.TimeoutExpired as error:
+        lines, stopped = _sides.parse(error.stdout), f"stopped after {limit:.0f} s"
+    except subprocess.CalledProcessError as error:
+        lines, stopped = _sides.parse(error.stdout), f"failed with exit status {error.returncode}"
+    print(f"{name}: {side} {stopped or 'done'}", file=sys.stderr)
+    return {"layouts": {line.pop("layout"): line for line in lines}, "stopped": stopped}
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every model on every side, what matters most first: ours, torch, then ours again with the cache of the first time."""
+    deadline = time.monotonic() + 60 * args.minutes
+    results: dict[str, dict[str, Any]] = {name: {} for name in args.models}
+    passes = {"ours": ("ours", args.layouts), "torch": ("torch", args.layouts), "warm": ("ours", args.layouts[:1])}
+    with tempfile.TemporaryDirectory() as cache:
+        for kind, (side, layouts) in passes.items():
+            for name in args.models:
+                limit = min(args.seconds, deadline - time.monotonic())
+                results[name][kind] = run_side(name, side, layouts, args, limit, cache)
+    return results
 
 
 HEADER = [
@@ -262,36 +276,39 @@ HEADER = [
 
 def rows(name: str, cfg: DecoderConfig, result: dict[str, Any], args: argparse.Namespace) -> Iterator[list[str]]:
     """A model's lines of the table; a dash is what did not run."""
-
-    def of(kind: str, layout: str) -> dict[str, Any]:
-        return result[kind].get("layouts", {}).get(layout, {})
-
-    def show(value: float | None, text: Callable[[float], str]) -> str:
-        return "–" if value is None else text(value)
-
     for layout in args.layouts:
-        run, theirs = of("ours", layout), of("torch", "2048" if layout == "packed" else layout)
-        rate, torch_rate = run.get("tokens_per_s"), theirs.get("tokens_per_s")
-        lengths = documents(layout, args.smoke)
-        use = rate and rate / (1e12 * args.peak)
-        checkpointing = " (checkpointing)" if theirs.get("gradient_checkpointing") else ""
+        ran, warm = (result[kind]["layouts"].get(layout, {}) for kind in ("ours", "warm"))
+        theirs = result["torch"]["layouts"].get("2048" if layout == "packed" else layout, {})
+        if not ran:
+            yield [name, layout, result["ours"]["stopped"] or "–", *["–"] * (len(HEADER) - 3)]
+            continue
+        lengths, rate = documents(layout, args.smoke), ran["tokens_per_s"]
+        use = [100 * rate * flops_per_token(cfg, lengths, remat) / (1e12 * args.peak) for remat in (None, ran["remat"])]
+        warm_s = f"{warm['first_step_s']:.1f} s" if warm else "–"
         yield [
             name,
             layout,
-            show(rate, "{:,.0f}".format),
-            show(use, lambda use, lengths=lengths: f"{100 * use * flops_per_token(cfg, lengths):.1f} %"),
-            show(use, lambda use, lengths=lengths, run=run: f"{100 * use * flops_per_token(cfg, lengths, run['remat']):.1f} %"),
-            show(run.get("peak_bytes"), gib),
-            " / ".join(show(of(kind, layout).get("first_step_s"), "{:.1f} s".format) for kind in ("ours", "warm")),
-            f"{run['remat']}, {run['token_budget']}" if run else result["ours"].get("stopped", "–"),
-            show(torch_rate, "{:,.0f}".format) + checkpointing,
-            show(rate and torch_rate and rate / torch_rate, "{:.2f}".format),
-            show(theirs.get("peak_bytes"), gib),
+            f"{rate:,.0f}",
+            *(f"{percent:.1f} %" for percent in use),
+            gib(ran["peak_bytes"]),
+            f"{ran['first_step_s']:.1f} s / {warm_s}",
+            f"{ran['remat']}, {ran['token_budget']}",
+            *against(rate, theirs),
         ]
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def against(rate: float, theirs: dict[str, Any]) -> list[str]:
+    """Torch's columns."""
+    if not theirs:
+        return ["–"] * 3
+    checkpointing = " (checkpointing)" if theirs["gradient_checkpointing"] else ""
+    ratio = rate / theirs["tokens_per_s"]
+    return [f"{theirs['tokens_per_s']:,.0f}{checkpointing}", f"{ratio:.2f}", gib(theirs["peak_bytes"])]
+
+
+def gib(size: int | None) -> str:
+    """A size, unless the device does not tell."""
+    return "–" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -317,15 +334,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             _sides.report_result(line)
         return
 
-    deadline = time.monotonic() + 60 * args.minutes
     report = _sides.environment()
-    with tempfile.TemporaryDirectory() as cache:
-        results = {name: run_model(name, args, deadline, cache) for name in models}
+    results = run(args)
     if args.json:
         args.json.write_text(json.dumps({**report, "peak_tflops": args.peak, "models": results}, indent=1) + "\n")
     print(_sides.describe(report), end="\n\n")
     print(_sides.table(HEADER, [row for name, cfg in models.items() for row in rows(name, cfg, results[name], args)]))
-    if not any(result["torch"].get("layouts") for result in results.values()):
+    if not any(result["torch"]["layouts"] for result in results.values()):
         print("\ntorch without CUDA: not run")
 
 
