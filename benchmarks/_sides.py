@@ -164,10 +164,10 @@ def report_result(result: Mapping[str, object]) -> None:
     print(json.dumps(result), flush=True)
 
 
-def environment(*packages: str) -> dict[str, object]:
+def environment() -> dict[str, object]:
     """Hardware, versions, date, and the load that was there before the run."""
     versions = {}
-    for package in ("jax", "flax", "torch", "transformers", "peft", *packages):
+    for package in ("jax", "flax", "torch", "transformers", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -18,10 +18,9 @@ FLOPs a token (LoRA has no gradients of frozen weights to compute, so a product 
     hardware  model + 2 · N_head (logits are computed again) + A / 2 (scores are computed again) + what rematerialisation
               repeats: 2 · N of the linears but down_proj, and with `full` also A
 
-MFU is model FLOPs over time and the
-chip's dense bfloat16 peak (`--peak`), hardware utilisation the same with hardware FLOPs. Peak memory is the allocator's, for ours
-of all layouts up to that one.
-The adapter's own products, about a hundredth, are not counted.
+MFU is model FLOPs over time and the chip's dense bfloat16 peak (`--peak`), hardware utilisation the same with hardware FLOPs;
+the adapter's own products, about a hundredth, are not counted. Peak memory is the allocator's, for ours that of all layouts up
+to the one shown.
 
     python benchmarks/train_gpu.py [--models 8B,0.6B] [--minutes 10] [--json out.json] [--profile DIR]
 """
