@@ -281,8 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_sides.table(HEADER, compared))
     if "overhead" in results:
         way = {key: f"{1e3 * seconds:.2f} ms" for key, seconds in results["overhead"].items()}
-        print(f"
-a step on the tiny model: {way['client_s']} through the client, {way['trainer_s']} without it")
+        print(f"\na step on the tiny model: {way['client_s']} through the client, {way['trainer_s']} without it")
         print(f"API overhead: {way['overhead_s']} a step")
 
 
