@@ -89,8 +89,3 @@ def test_the_accelerator_benchmark_runs_at_toy_size(tmp_path):
     models = json.loads((tmp_path / "out.json").read_text())["models"]
     assert [result[kind]["stopped"] for result in models.values() for kind in result] == [None] * 6
     assert "| 8B | packed |" in out
-
-
-@pytest.mark.slow
-def test_the_sampling_benchmark_runs():
-    assert "| sample |" in run("sample.py", "--turns", "1")
