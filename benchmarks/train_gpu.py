@@ -28,6 +28,7 @@ to the one shown.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import statistics
@@ -149,7 +150,9 @@ def random_weights(cfg: DecoderConfig, mesh: Any) -> dict[str, Any]:
 
 
 def peft(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
-    """The same with torch, on CUDA, or on the CPU for a smoke run; `packed` is left out."""
+    """The same with torch, on CUDA, or on the CPU for a smoke run; `packed` is left out. Nothing where torch or PEFT is missing."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
+        return
     import torch
     import transformers
 
@@ -340,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_sides.describe(report), end="\n\n")
     print(_sides.table(HEADER, [row for name, cfg in models.items() for row in rows(name, cfg, results[name], args)]))
     if not any(result["torch"]["layouts"] for result in results.values()):
-        print("\ntorch without CUDA: not run")
+        print("\ntorch with CUDA, or PEFT, is not here: not run")
 
 
 if __name__ == "__main__":
