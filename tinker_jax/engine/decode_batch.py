@@ -14,6 +14,7 @@ from tinker_jax import sharding
 from tinker_jax.engine.programs import Program
 from tinker_jax.engine.sampling import Drawn, decode_chunk
 from tinker_jax.engine.slots import CacheShape, Slots
+from tinker_jax.kernels.attention import attention_on
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Cache, Decoder, empty_cache
@@ -34,6 +35,7 @@ class DecodeBatch:
 
     def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any) -> None:
         self._cfg, self._params, self._mesh, self._dtype = cfg, params, mesh, dtype
+        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
         self._adapter: Adapter | None = None
         self._rank = "base"
         self._cache: Cache | None = None
@@ -149,7 +151,7 @@ class DecodeBatch:
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         padding_BT = (positions_BT >= lengths_B[:, None]).astype(jnp.int32)  # a segment of its own
-        decoder = Decoder(self._cfg, params)
+        decoder = Decoder(self._cfg, params, self._attention)
         h_MD, cache = decoder.forward(tokens_BT, positions_BT, padding_BT, adapter, keep_cache=True)
         assert cache is not None
         return h_MD.reshape(B, T, -1), self._place(cache)

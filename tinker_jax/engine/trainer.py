@@ -18,6 +18,7 @@ from tinker_jax import optim, sharding
 from tinker_jax.engine.memory import Plan
 from tinker_jax.engine.packing import MicroBatch, pack, unpack
 from tinker_jax.engine.programs import Program
+from tinker_jax.kernels.attention import attention_on
 from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
 from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
 from tinker_jax.models import dense
@@ -64,6 +65,7 @@ class Trainer:
         self._cfg, self._params, self._mesh, self._plan = cfg, params, mesh, plan
         self._targets = lora_targets(cfg)
         self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
         static = ("loss_fn", "backward")
         self._step = Program(self._step_fn, "train_step", static=static, donate=(2,))
         self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(0,))
@@ -170,7 +172,7 @@ class Trainer:
 
         def loss(adapter):
             factors = lora_lib.scaled(adapter, scale)
-            decoder = dense.Decoder(cfg, params)
+            decoder = dense.Decoder(cfg, params, self._attention)
             h_MD, _ = decoder.forward(tokens, positions, segments, factors, remat=self._plan.remat)
             # Gathered over `fsdp` once, or every tile would gather it again.
             kernel_VD = jax.lax.with_sharding_constraint(

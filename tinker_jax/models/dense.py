@@ -77,10 +77,11 @@ class Decoder(nnx.Module):
     Args:
         cfg: shape of the model.
         params: flat dict of base weights, layers stacked.
+        attention: `tinker_jax.kernels.attention.attention`, bound to a mesh where there is more than one device.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Params) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: DecoderConfig, params: Params, attention: Callable[..., jax.Array] = attention) -> None:
+        self.cfg, self.attention = cfg, attention
         self.embedding_VD = nnx.Param(params["embed.embedding"])
         self.layers = Block(cfg, params)
         self.final_norm = RMSNorm(params["final_norm.scale"], cfg.norm_eps)
@@ -113,7 +114,7 @@ class Decoder(nnx.Module):
 
         def attend(q, k, v):
             q, k, v = (x.reshape(B, T, -1, cfg.H) for x in (q, k, v))
-            out = attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5)
+            out = self.attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5)
             return out.reshape(B * T, cfg.N, cfg.H), Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
 
         def layer(h_MD, xs):
