@@ -150,7 +150,7 @@ def random_weights(cfg: DecoderConfig, mesh: Any) -> dict[str, Any]:
 
 
 def peft(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
-    """The same with torch, on CUDA, or on the CPU for a smoke run; `packed` is left out. Nothing where torch or PEFT is missing."""
+    """The same with torch, on CUDA, or on the CPU for a smoke run, `packed` left out; nothing without torch and PEFT."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
         return
     import torch
