@@ -18,7 +18,8 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.test
-	$(PY) benchmarks/baseline.py
+	$(PY) benchmarks/train.py
+	$(PY) benchmarks/sample.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("tinker_jax needs Python 3.11 or newer, found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

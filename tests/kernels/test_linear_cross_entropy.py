@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import products
 
 from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy, linear_top_k
 from tinker_jax.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, linear_top_k_reference
@@ -128,27 +129,43 @@ def test_rows_over_data_axes_and_vocabulary_over_tensor_give_the_same_numbers():
     assert f"f32[64,{vocab}]" not in program
 
 
-def test_memory_does_not_grow_with_rows_beyond_one_tile_and_holds_no_head_gradient():
-    vocab, width, rank = 151_936, 8, 4
-    tile_bytes = 4 * vocab * default_tile(vocab)
+@pytest.mark.parametrize("lora", [False, True], ids=["frozen", "lora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_memory_is_one_tile_whatever_the_number_of_tokens(tied, lora):
+    vocab, width, rank = 151_936, 512, 8
+    tile_bytes, head_bytes = 4 * vocab * default_tile(vocab), 4 * vocab * width
 
     def temp_bytes(rows):
-        def loss(h, kernel, targets, lora):
-            out = linear_cross_entropy(h, kernel, targets, lora=lora, entropy=True)
+        def loss(h, factors, kernel, targets):
+            h = h + kernel[targets[:, 0]] if tied else h
+            out = linear_cross_entropy(h, kernel, targets, lora=factors, entropy=True)
             return out.logprobs_MK.sum(), out.entropy_M
 
         shape = jax.ShapeDtypeStruct
-        lora = {"a": shape((width, rank), jnp.float32), "b": shape((rank, vocab), jnp.float32)}
-        args = shape((rows, width), jnp.float32), shape((vocab, width), jnp.float32), shape((rows, 1), jnp.int32), lora
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 3), has_aux=True)).lower(*args).compile()
-        memory = compiled.memory_analysis()
+        factors = {"a": shape((width, rank), jnp.float32), "b": shape((rank, vocab), jnp.float32)} if lora else None
+        args = shape((rows, width), jnp.float32), factors, shape((vocab, width), jnp.float32), shape((rows, 1), jnp.int32)
+        memory = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*args).compile().memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    few, many = temp_bytes(default_tile(vocab) * 2), temp_bytes(default_tile(vocab) * 16)
+    few, many = temp_bytes(2048), temp_bytes(16_384)
     assert tile_bytes <= 64 << 20
-    assert few < 6 * tile_bytes
-    assert many - few < 4 << 20
+    assert few < 1.5 * tile_bytes < head_bytes / 3  # so there is neither a copy nor a gradient of the head
+    hidden_bytes = 4 * (16_384 - 2048) * width
+    assert many - few < 2.05 * hidden_bytes  # the hidden states and their gradient in the order of the tiles
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["frozen", "lora"])
+def test_a_frozen_head_pays_for_logits_twice_and_for_the_gradient_of_its_input(lora):
+    h, kernel, targets, factors, g = problem(24, lora=lora)
+
+    def loss(h, factors, kernel):
+        return jnp.sum(g * linear_cross_entropy(h, kernel, targets, lora=factors, tile=8).logprobs_MK)
+
+    # Asked for the head's gradient too, which is zero by definition.
+    found = products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(h, factors, kernel))
+    assert sorted(found)[-3:] == [8 * V * D] * 3
+    assert all(size <= 8 * V * R for size in sorted(found)[:-3]) and (len(found) > 3) == lora
 
 
 def test_the_frozen_head_gets_a_zero_gradient():
