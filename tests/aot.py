@@ -35,10 +35,10 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
     adapter, _ = train.abstract(LoraConfig(rank=32))
     count = -(-plan.token_budget // length)
     row = {"target_tokens": np.zeros(length, np.int32), "weights": np.ones(length, np.float32)}
-    full = pack([row["target_tokens"]] * count, [row] * count, token_budget=plan.token_budget, row_multiple=train._row_shards)[0]
+    tokens = [row["target_tokens"]] * count
+    full = pack(tokens, [row] * count, token_budget=plan.token_budget, row_multiple=train._row_shards)[0]
     places = train._rows_of(full)
-    arrays = trainer._arrays(full)
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in arrays.items()}
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in trainer._arrays(full).items()}
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     step = jax.jit(train._step_fn, static_argnames=("loss_fn", "backward"), donate_argnums=(2,))
     config = default_config("cross_entropy", None)
