@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-tpu-aot lint bench clean
 
 quickstart: $(VENV)/.run
 	$(PY) scripts/quickstart.py
 
 test: $(VENV)/.test
 	$(PY) -m pytest
+
+test-tpu-aot: $(VENV)/.test
+	$(PY) -m pip install -q libtpu
+	$(PY) -m pytest -m tpu_aot
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

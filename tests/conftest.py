@@ -31,3 +31,10 @@ def checkpoint(tmp_path_factory):
         return made[family]
 
     return get
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -1,0 +1,51 @@
+"""Compiles the real training step for devices that need not be there."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from tinker_jax import sharding
+from tinker_jax.engine import memory, trainer
+from tinker_jax.engine.packing import pack
+from tinker_jax.losses import default_config
+from tinker_jax.models.config import DecoderConfig, Rope
+from tinker_jax.models.weights import weights
+from tinker_jax.types import LoraConfig
+
+QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
+
+
+def mesh_of(devices, shape: tuple[int, int, int]) -> Mesh:
+    """Mesh of ours over the devices of a topology, in its order."""
+    return Mesh(np.asarray(devices).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
+    """A micro-batch of cross-entropy as the planner and the packer make it for full rows, bfloat16, LoRA of rank 32 on all."""
+    plan = memory.plan(cfg, 2, device_bytes, mesh.shape)
+
+    def param(w):
+        return jax.ShapeDtypeStruct(w.full_shape, jnp.bfloat16, sharding=sharding.named(mesh, w.full_axes))
+
+    params = {w.name: param(w) for w in weights(cfg)}
+    train = trainer.Trainer(cfg, params, mesh, plan)
+    adapter, _ = train.abstract(LoraConfig(rank=32))
+    count = -(-plan.token_budget // length)
+    row = {"target_tokens": np.zeros(length, np.int32), "weights": np.ones(length, np.float32)}
+    tokens = [row["target_tokens"]] * count
+    full = pack(tokens, [row] * count, token_budget=plan.token_budget, row_multiple=train._row_shards)[0]
+    places = train._rows_of(full)
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in trainer._arrays(full).items()}
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    step = jax.jit(train._step_fn, static_argnames=("loss_fn", "backward"), donate_argnums=(2,))
+    config = default_config("cross_entropy", None)
+    return step.lower(adapter, scale, adapter, params, batch, config, loss_fn="cross_entropy", backward=True)
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+    """Arguments, results and temporaries on one device."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes

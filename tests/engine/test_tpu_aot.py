@@ -1,0 +1,33 @@
+"""The training step of Qwen3-8B compiles for TPU slices, with the splash kernel, within the memory of a chip."""
+
+import os
+
+import aot
+import pytest
+from jax.experimental import topologies
+
+pytestmark = pytest.mark.tpu_aot
+
+# Of the 16 and 32 GiB on the chip, what the compiler may use.
+V5E, V6E = int(15.75 * 2**30), int(31.25 * 2**30)
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("topology", "shape", "chip_bytes"),
+    [
+        ("v5e:4x4", (1, 16, 1), V5E),
+        ("v5e:4x4", (1, 4, 4), V5E),
+        ("v6e:2x4", (1, 8, 1), V6E),
+        ("v6e:2x4", (2, 2, 2), V6E),
+    ],
+)
+def test_the_step_holds_splash_attention_and_fits_the_chip(topology, shape, chip_bytes):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    lowered = aot.lower_step(aot.mesh_of(devices, shape), chip_bytes)
+    text = lowered.as_text()
+    for phase in ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals"):
+        assert f"splash_mha_{phase}" in text
+    assert aot.needed_bytes(lowered.compile()) < chip_bytes
