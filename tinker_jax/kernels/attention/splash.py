@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -25,7 +27,7 @@ def splash_attention(
     """See `tinker_jax.kernels.attention.attention`. `interpret` runs the kernel on any platform, slowly."""
     _, T, N, _ = q_BTNH.shape
     padding = -T % _LANES
-    kernel = splash.make_splash_mha(
+    kernel: Any = splash.make_splash_mha(  # its declared result includes residuals, which are not asked for
         mask=splash.MultiHeadMask([_mask(T + padding, window)] * N),
         head_shards=1,
         q_seq_shards=1,
@@ -52,5 +54,11 @@ def _mask(T: int, window: int | None):
 def _blocks(T: int) -> splash.BlockSizes:
     """The largest blocks up to 512 that divide a row: they fit the fast memory of every TPU with heads of 256."""
     size = next(size for size in (512, 384, 256, 128) if T % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    return splash.BlockSizes(**{f"block_{name}": size for name in names})
+    return splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
