@@ -36,7 +36,7 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
     count = -(-plan.token_budget // length)
     row = {"target_tokens": np.zeros(length, np.int32), "weights": np.ones(length, np.float32)}
     tokens = [row["target_tokens"]] * count
-    full = pack(tokens, [row] * count, token_budget=plan.token_budget, row_multiple=train._row_shards)[0]
+    full = pack(tokens, [row] * count, token_budget=plan.token_budget, rows=train._row_shards)[0]
     places = train._rows_of(full)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in trainer._arrays(full).items()}
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))

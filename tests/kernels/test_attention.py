@@ -10,6 +10,7 @@ import pytest
 
 from tinker_jax import sharding
 from tinker_jax.kernels.attention import api, attention, attention_on, cudnn, mesh
+from tinker_jax.kernels.attention.blockwise import blockwise_attention
 from tinker_jax.kernels.attention.reference import reference_attention
 
 
@@ -111,24 +112,8 @@ class AttentionTests:
         np.testing.assert_allclose(low.astype(jnp.float32), exact, atol=0.03)
 
 
-class TestBlockwise(AttentionTests):
-    implementation = "blockwise"
-    refused = tuple(VARIANTS)
-
-    def test_never_holds_a_square_of_the_row_length(self):
-        T = 8192
-        shapes = [((1, T, 1, 8), jnp.float32)] * 3 + [((1, T), jnp.int32)]
-        q, k, v, seg = (jax.ShapeDtypeStruct(s, d) for s, d in shapes)
-
-        def loss(q, k, v, seg):
-            return attention(q, k, v, seg, scale=1.0, implementation="blockwise").sum()
-
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, seg).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < T * T * 4 / 8
-
-
-class TestSplash(AttentionTests):
-    implementation = "splash"  # interpreted
+class MeshTests(AttentionTests):
+    """For backends that run on several devices."""
 
     def test_every_device_of_a_mesh_takes_its_rows_and_heads(self):
         devices = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -142,13 +127,45 @@ class TestSplash(AttentionTests):
             out, vjp = jax.vjp(f, q, k, v, sinks)
             return out, *vjp(g)
 
-        self.check(jax.jit(lambda: run("splash", devices))(), run("reference", None))
+        self.check(jax.jit(lambda: run(self.implementation, devices))(), run("reference", None))
 
     def test_rows_and_heads_that_a_mesh_does_not_divide_are_computed_everywhere(self):
         devices = sharding.make_mesh({"data": 2, "tensor": 2})
         q, k, v, seg, _ = make(1, 128, 3, 1, 8, [packed(128, [50, 60])])
-        cut = jax.jit(lambda: attention(q, k, v, seg, scale=0.3, implementation="splash", mesh=devices))()
+        run = jax.jit(lambda: attention(q, k, v, seg, scale=0.3, implementation=self.implementation, mesh=devices))
+        cut = run()
         self.check([cut], [attention(q, k, v, seg, scale=0.3, implementation="reference")])
+
+
+class TestBlockwise(MeshTests):
+    implementation = "blockwise"
+
+    def test_rows_taken_together_equal_rows_one_by_one(self):
+        q, k, v, seg, g = make(*CASES["segments across blocks"])
+
+        def run(rows):
+            def f(q, k, v):
+                return blockwise_attention(q, k, v, seg, None, scale=0.3, window=None, rows_at_once=rows)
+
+            out, vjp = jax.vjp(f, q, k, v)
+            return out, *vjp(g)
+
+        self.check(run(None), run(1))
+
+    def test_never_holds_a_square_of_the_row_length(self):
+        T = 8192
+        shapes = [((1, T, 1, 8), jnp.float32)] * 3 + [((1, T), jnp.int32)]
+        q, k, v, seg = (jax.ShapeDtypeStruct(s, d) for s, d in shapes)
+
+        def loss(q, k, v, seg):
+            return attention(q, k, v, seg, scale=1.0, implementation="blockwise").sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, seg).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < T * T * 4 / 8
+
+
+class TestSplash(MeshTests):
+    implementation = "splash"  # interpreted
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from tinker_jax import optim, sharding
 from tinker_jax.engine.memory import Plan
 from tinker_jax.engine.packing import MicroBatch, pack, unpack
 from tinker_jax.engine.programs import Program
-from tinker_jax.kernels.attention import attention_on
+from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
 from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
 from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
 from tinker_jax.models import dense
@@ -130,6 +130,7 @@ class Trainer:
             loss_inputs(data, loss_fn, values),
             token_budget=self._plan.token_budget,
             rows=self._row_shards,
+            most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
         )
         scale = jnp.float32(state.scale)
         grads = jax.tree.map(jnp.zeros_like, state.params) if backward else None
