@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tinker_jax.kernels.attention import attention
+from tinker_jax.kernels.attention.names import RESIDUALS
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.layers import Linear, RMSNorm, rope_table, rotate
 
 Params = Mapping[str, jax.Array]
-Remat = Literal["none", "full"]
+Remat = Literal["none", "attention", "full"]
 
 #: (q [M,N,H], k [M,K,H], v [M,K,H]) → (out [M,N,H], whatever the caller wants kept of this layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -102,7 +103,8 @@ class Decoder(nnx.Module):
             positions_BT: int32 position of each token within its own sequence.
             segment_ids_BT: int32 id of the sequence each token belongs to; padding has an id of its own.
             lora: adapter with its scale folded in (`tinker_jax.lora.scaled`), or None for the bare base model.
-            remat: `"full"` recomputes each layer in the backward pass and keeps only its input.
+            remat: what each layer keeps for the backward pass: `"none"` everything, `"attention"` its input and what
+                attention's own backward pass needs, so that all but attention is computed again, `"full"` its input.
             keep_cache: also return every layer's keys and values.
 
         Returns:
@@ -120,8 +122,9 @@ class Decoder(nnx.Module):
             block, factors = xs
             return block(h_MD, rope, factors, attend)
 
-        if remat == "full":
-            layer = jax.checkpoint(layer)
+        if remat != "none":
+            keep = (RESIDUALS,) if remat == "attention" else ()
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*keep))
         h_MD = self.embedding_VD[...][tokens_BT.reshape(B * T)]
         h_MD, cache = jax.lax.scan(layer, h_MD, (self.layers, (lora or {}).get("layers", {})))
         return self.final_norm(h_MD), cache

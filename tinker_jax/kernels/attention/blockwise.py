@@ -11,6 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from tinker_jax.kernels.attention.names import RESIDUALS
 
 BLOCK = 128
 _MASKED = -1e30  # finite: exp(_MASKED - _MASKED) of a row that is masked throughout a block must not be NaN
@@ -112,6 +115,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale):
     _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(blocks, dtype=jnp.int32))
     out = jnp.moveaxis(out, 0, 3).reshape(B, K, N // K, Tp, H)
     lse = jnp.moveaxis(lse, 0, 3).reshape(B, K, N // K, Tp)
+    out, lse = checkpoint_name((out, lse), RESIDUALS)
     return _from_heads(out, T), (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out, lse)
 
 
