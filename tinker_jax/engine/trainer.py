@@ -80,8 +80,8 @@ class Trainer:
         self._cfg, self._params, self._mesh, self._plan = cfg, params, mesh, plan
         self._targets = lora_targets(cfg)
         self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        static = ("loss_fn", "backward", "remat")
-        self._step = Program(self._step_fn, "train_step", static=static, donate=(2,))
+        static = ("loss_fn", "backward", "remat", "trained")
+        self._step = Program(self._step_fn, "train_step", static=static)
         self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(1,))
         self._update = Program(optim.adamw, "optim_step")
 
@@ -92,9 +92,9 @@ class Trainer:
 
     # ---- adapters ----
 
-    def adapter_shardings(self, lora: LoraConfig) -> lora_lib.Adapter:
-        """Where each factor of an adapter lies."""
-        axes = lora_lib.logical_axes(self._targets, groups(lora))
+    def adapter_shardings(self, trained: Sequence[str]) -> lora_lib.Adapter:
+        """Where each factor of an adapter of the trained groups lies."""
+        axes = lora_lib.logical_axes(self._targets, trained)
         return jax.tree.map(lambda a: sharding.named(self._mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
     def abstract(self, lora: LoraConfig) -> tuple[lora_lib.Adapter, dict[str, Any]]:
@@ -104,7 +104,7 @@ class Trainer:
         def place(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
 
-        adapter = jax.tree.map(place, shapes, self.adapter_shardings(lora))
+        adapter = jax.tree.map(place, shapes, self.adapter_shardings(groups(lora)))
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
         return adapter, {"mu": adapter, "nu": adapter, "count": count}
 
@@ -112,7 +112,7 @@ class Trainer:
         """A fresh adapter; equal seeds give equal values on every mesh."""
         key = jax.random.key(seed % 2**32)
         params = lora_lib.init(key, self._targets, lora.rank, groups(lora))
-        params = jax.device_put(params, self.adapter_shardings(lora))
+        params = jax.device_put(params, self.adapter_shardings(groups(lora)))
         return AdapterState(lora, params, self.fresh_optimizer(lora, params))
 
     def fresh_optimizer(self, lora: LoraConfig, params: lora_lib.Adapter) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Trainer:
         widest = max((batch.tokens.shape for batch in batches), key=math.prod)
         with out_of_memory(plan, widest):
             outputs, grads = self._dispatch(state, batches, loss_fn, values, backward)
-            if grads is not None and state.grads is not None:
+            if backward and state.grads is not None:
                 grads = self._add(state.grads, grads, shape=_adapter_shape(state.lora))
         if backward:
             state.grads = grads
@@ -169,14 +169,11 @@ class Trainer:
 
     def _dispatch(self, state, batches, loss_fn, values, backward: bool) -> tuple[list[Any], lora_lib.Adapter | None]:
         """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients)."""
-        scale = np.float32(state.scale)
-        grads = jax.tree.map(jnp.zeros_like, state.params) if backward else None
-        outputs = []
+        total, outputs = None, []
         for batch in batches:
             grads, *output = self._step(
                 state.params,
-                scale,
-                grads,
+                np.float32(state.scale),
                 self._params,
                 jax.device_put(_arrays(batch), self._rows_of(batch)),
                 values,
@@ -184,15 +181,17 @@ class Trainer:
                 loss_fn=loss_fn,
                 backward=backward,
                 remat=self._plan.remat,
+                trained=groups(state.lora),
             )
             outputs.append(output)
-        return outputs, grads
+            total = grads if total is None else self._add(total, grads, shape=_adapter_shape(state.lora))
+        return outputs, total
 
     def _rows_of(self, batch: MicroBatch) -> dict[str, jax.sharding.Sharding]:
         return {k: sharding.named(self._mesh, ("rows",) + (None,) * (x.ndim - 1)) for k, x in _arrays(batch).items()}
 
-    def _step_fn(self, adapter, scale, total, params, batch, config, *, loss_fn, backward, remat):
-        """One micro-batch: (gradients added to `total`, log-probabilities [B, T(, K)], raw metrics)."""
+    def _step_fn(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained):
+        """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
         cfg = self._cfg
         inputs = dict(batch)
         tokens, positions, segments, sequences = (inputs.pop(k) for k in ("tokens", "positions", "segments", "sequences"))
@@ -225,7 +224,7 @@ class Trainer:
             _, (logprobs, raw) = loss(adapter)
             return None, logprobs, raw
         grads, (logprobs, raw) = jax.grad(loss, has_aux=True)(adapter)
-        return jax.tree.map(jnp.add, total, grads), logprobs, raw
+        return jax.lax.with_sharding_constraint(grads, self.adapter_shardings(trained)), logprobs, raw
 
     # ---- optim_step ----
 
@@ -281,7 +280,7 @@ class Trainer:
         if plan is None:
             return _too_large(f"a row of {error.shape[1]} tokens, with every layer recomputed,")
         logger.warning(
-            "out of memory on %d x %d tokens: micro-batches shrink from %d tokens, remat %s, to %d tokens, remat %s",
+            "out of memory on %d x %d tokens: micro-batches of %d tokens, remat %s, become %d tokens, remat %s",
             *error.shape,
             *(self._plan.token_budget, self._plan.remat, plan.token_budget, plan.remat),
         )
