@@ -16,6 +16,7 @@ from tinker_jax.models.weights import weights
 from tinker_jax.types import LoraConfig
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
+LORA = LoraConfig(rank=32)
 
 
 def mesh_of(devices, shape: tuple[int, int, int]) -> Mesh:
@@ -32,7 +33,7 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
 
     params = {w.name: param(w) for w in weights(cfg)}
     train = trainer.Trainer(cfg, params, mesh, plan)
-    adapter, _ = train.abstract(LoraConfig(rank=32))
+    adapter, _ = train.abstract(LORA)
     count = -(-plan.token_budget // length)
     row = {"target_tokens": np.zeros(length, np.int32), "weights": np.ones(length, np.float32)}
     tokens = [row["target_tokens"]] * count
@@ -40,9 +41,9 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
     places = train._rows_of(full)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in trainer._arrays(full).items()}
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    step = jax.jit(train._step_fn, static_argnames=("loss_fn", "backward"), donate_argnums=(2,))
-    config = default_config("cross_entropy", None)
-    return step.lower(adapter, scale, adapter, params, batch, config, loss_fn="cross_entropy", backward=True)
+    static = {"loss_fn": "cross_entropy", "backward": True, "remat": plan.remat, "trained": trainer.groups(LORA)}
+    step = jax.jit(train._step_fn, static_argnames=tuple(static))
+    return step.lower(adapter, scale, params, batch, default_config("cross_entropy", None), **static)
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:

@@ -80,6 +80,8 @@ def adamw(
     With g the gradient times min(1, c / (‖g‖ + 1e-6)) when c = `grad_clip_norm` > 0, and t the step from 1:
     m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²; θ ← θ − lr·(m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε) + wd·θ).
 
+    A gradient whose norm is not finite changes nothing: parameters and state come back as they were.
+
     Args:
         adapter: parameters.
         grads: summed gradients, laid out as `adapter`.
@@ -107,5 +109,7 @@ def adamw(
     _, *stateless = transform.init(adapter)
     before = optax.ScaleByAdamState(count=opt_state["count"], mu=opt_state["mu"], nu=opt_state["nu"])
     updates, (after, *_) = transform.update(grads, (before, *stateless), adapter)
-    adapter = optax.apply_updates(adapter, updates)
-    return adapter, {"mu": after.mu, "nu": after.nu, "count": after.count}, {"grad_norm": norm}
+    old = (adapter, opt_state)
+    new = (optax.apply_updates(adapter, updates), {"mu": after.mu, "nu": after.nu, "count": after.count})
+    adapter, opt_state = jax.tree.map(lambda n, o: jnp.where(jnp.isfinite(norm), n, o), new, old)
+    return adapter, opt_state, {"grad_norm": norm}

@@ -18,11 +18,21 @@ PLAN = Plan(token_budget=512, remat="none", kv_bytes=1 << 20)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+class Waiting(Trainer):
+    """Reads every step at once."""
+
+    def forward_backward(self, *args, **kwargs):
+        return super().forward_backward(*args, **kwargs).finish()
+
+    def optim_step(self, *args):
+        return super().optim_step(*args).finish()
+
+
 def trainer(family="qwen3", mesh=None, plan=PLAN):
     cfg, params = tiny.base_params(family, tiny.model(family))
     mesh = sharding.make_mesh(mesh)
     placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
-    return Trainer(cfg, placed, mesh, plan)
+    return Waiting(cfg, placed, mesh, plan)
 
 
 def perturbed(state, seed=0):

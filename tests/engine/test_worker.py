@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 
-from tinker_jax.engine.worker import Detour, Worker
+from tinker_jax.engine.pending import Pending
+from tinker_jax.engine.worker import MOST_UNREAD, Detour, Worker
 from tinker_jax.types.errors import BadRequestError, RequestFailedError
 
 
@@ -301,3 +302,229 @@ def test_a_burst_of_handed_over_requests_is_gathered_before_the_first_slice(monk
         future.result(5)
     assert sizes == [200]
     worker.close()
+
+
+class Device:
+    """Training steps whose reads wait for `finish`, and what became of them."""
+
+    def __init__(self, worker):
+        self.worker, self.log, self.gates = worker, [], {}
+
+    def submit(self, name, lane="a", errors=()):
+        self.gates.setdefault(name, threading.Event())
+        errors = list(errors)
+
+        def read():
+            assert self.gates[name].wait(5)
+            self.log.append(f"read {name}")
+            if errors and (error := errors.pop(0)) is not None:
+                raise error
+            return name
+
+        def run():
+            self.log.append(f"dispatch {name}")
+            return Pending(read, lambda: self.log.append(f"undo {name}"))
+
+        return self.worker.submit(lane, run, overlaps=True)
+
+    def attempts(self, name):
+        return self.log.count(f"dispatch {name}")
+
+    def finish(self, *names):
+        for name in names:
+            self.gates[name].set()
+
+    def until(self, *entries):
+        end = time.monotonic() + 5
+        while time.monotonic() < end and not set(entries) <= set(self.log):
+            time.sleep(0.001)
+        assert set(entries) <= set(self.log), self.log
+
+
+@pytest.fixture
+def device(worker):
+    return Device(worker)
+
+
+def test_a_training_step_is_dispatched_while_the_one_before_it_is_on_the_device(device):
+    first, second = device.submit("1"), device.submit("2")
+    device.until("dispatch 1", "dispatch 2")
+    assert not first.done() and "read 1" not in device.log
+    device.finish("1", "2")
+    assert (first.result(5), second.result(5)) == ("1", "2")
+
+
+def test_steps_end_in_the_order_of_their_submission_whatever_the_device_does(device):
+    first, second = device.submit("1"), device.submit("2")
+    ends = []
+    for future in (first, second):
+        future.add_done_callback(lambda f: ends.append(f.result()))
+    device.finish("2")
+    device.until("dispatch 2")
+    assert not second.done()
+    device.finish("1")
+    second.result(5)
+    assert ends == ["1", "2"]
+
+
+def test_only_so_many_steps_are_unread(device):
+    names = [str(i) for i in range(MOST_UNREAD + 2)]
+    futures = [device.submit(name) for name in names]
+    device.until(f"dispatch {MOST_UNREAD - 1}")
+    device.worker.submit("b", lambda: None).result(5)  # the worker is idle, not slow
+    assert device.attempts(str(MOST_UNREAD)) == 0
+    device.finish("0")
+    device.until(f"dispatch {MOST_UNREAD}")
+    assert device.attempts(str(MOST_UNREAD + 1)) == 0
+    device.finish(*names)
+    assert [future.result(5) for future in futures] == names
+
+
+def test_what_is_no_training_step_waits_until_its_lane_is_read_and_other_lanes_do_not(device):
+    step = device.submit("1")
+    save = device.worker.submit("a", lambda: device.log.append("save"))
+    later = device.submit("2")
+    device.until("dispatch 1")
+    assert device.worker.submit("b", lambda: "free").result(5) == "free"
+    assert device.log == ["dispatch 1"]
+    device.finish("1", "2")
+    save.result(5)
+    assert step.done() and later.result(5) == "2"
+    assert device.log.index("read 1") < device.log.index("save") < device.log.index("dispatch 2")
+
+
+def test_requests_of_another_lane_wait_for_the_one_that_was_put_before_them(device):
+    device.submit("1")
+    device.worker.submit("a", lambda: device.log.append("snapshot"), before="sampler")
+    sample = device.worker.submit("sampler", lambda: device.log.append("sample"))
+    device.until("dispatch 1")
+    device.worker.submit("b", lambda: None).result(5)
+    assert not sample.done()
+    device.finish("1")
+    sample.result(5)
+    assert device.log == ["dispatch 1", "read 1", "snapshot", "sample"]
+
+
+def test_a_step_that_fails_on_the_device_is_undone_and_what_followed_in_its_lane_runs_again(device):
+    failed = device.submit("1", errors=[ZeroDivisionError()])
+    after = device.submit("2")
+    other = device.submit("3", lane="b")
+    device.until("dispatch 3")
+    device.finish("1", "2", "3")
+    with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+        failed.result(5)
+    assert (after.result(5), other.result(5)) == ("2", "3")
+    assert [device.attempts(name) for name in "123"] == [1, 2, 1]
+    assert device.log.count("undo 1") == 1 and not {"undo 2", "undo 3"} & set(device.log)
+    assert device.log.count("read 2") == 1  # the first attempt built on what had failed: nobody looked at it
+
+
+def test_an_error_of_ours_at_the_read_is_the_outcome_and_undoes_nothing(device):
+    refused, after = device.submit("1", errors=[BadRequestError("not finite")]), device.submit("2")
+    device.finish("1", "2")
+    with pytest.raises(BadRequestError, match="not finite"):
+        refused.result(5)
+    assert after.result(5) == "2" and not [entry for entry in device.log if entry.startswith("undo")]
+
+
+def test_a_step_that_can_be_recovered_runs_again_alone_before_what_followed_it():
+    asked = []
+
+    def recover(error, again):
+        asked.append((type(error), again))
+        return None
+
+    worker = Worker("test", lambda: None, lambda: False, recover=recover)
+    device = Device(worker)
+    first, second = device.submit("1", errors=[MemoryError(), MemoryError()]), device.submit("2")
+    device.until("dispatch 2")
+    other = device.submit("3", lane="b")
+    device.until("dispatch 3")
+    device.finish("1", "2", "3")
+    assert (first.result(5), second.result(5), other.result(5)) == ("1", "2", "3")
+    assert asked == [(MemoryError, False), (MemoryError, True)]
+    again = device.log[device.log.index("undo 1") :]
+    assert again.index("read 3") < again.index("dispatch 1")  # at rest
+    assert [entry for entry in again if "3" not in entry] == [
+        *("undo 1", "dispatch 1", "read 1", "undo 1"),
+        *("dispatch 1", "read 1", "dispatch 2", "read 2"),
+    ]
+    worker.close()
+
+
+def test_a_request_that_fails_before_the_device_can_be_recovered_too():
+    errors = [MemoryError(), MemoryError()]
+
+    def run():
+        if errors:
+            raise errors.pop()
+        return 7
+
+    worker = Worker("test", lambda: None, lambda: False, recover=lambda error, again: None)
+    assert worker.submit("a", run).result(5) == 7
+    custom = worker.submit("a", lambda: Detour(lambda: errors.append(MemoryError()), lambda _: run()))
+    assert custom.result(5) == 7 and not errors
+    worker.close()
+
+
+def test_close_reads_what_is_on_the_device_and_cancels_the_rest():
+    worker = Worker("test-close", lambda: None, lambda: False)
+    device = Device(worker)
+    futures = [device.submit(str(i)) for i in range(MOST_UNREAD + 1)]
+    device.until(f"dispatch {MOST_UNREAD - 1}")
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    while not futures[-1].cancelled():
+        time.sleep(0.001)
+    assert closer.is_alive()
+    device.finish(*map(str, range(MOST_UNREAD)))
+    closer.join(5)
+    assert [future.result(5) for future in futures[:-1]] == [str(i) for i in range(MOST_UNREAD)]
+    worker._reader.join(5)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("test-close")]
+
+
+def test_steps_that_would_have_to_run_again_when_the_worker_closes_end_with_an_error():
+    worker = Worker("test", lambda: None, lambda: False, recover=lambda error, again: None)
+    device = Device(worker)
+    futures = [device.submit("1", errors=[MemoryError()]), device.submit("2")]
+    device.until("dispatch 2")
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    while not worker._closing:
+        time.sleep(0.001)
+    device.finish("1", "2")
+    for future in futures:
+        with pytest.raises(RequestFailedError, match="closed while the request was under way"):
+            future.result(5)
+    closer.join(5)
+    assert not closer.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callback_that_exits_does_not_end_the_reader(device):
+    def exit_thread(_):
+        raise SystemExit
+
+    device.submit("1").add_done_callback(exit_thread)
+    later = device.submit("2")
+    device.finish("1", "2")
+    assert later.result(5) == "2"
+
+
+def test_a_read_step_is_forgotten(worker):
+    class Values:
+        pass
+
+    alive = []
+
+    def run():
+        values = Values()
+        alive.append(weakref.ref(values))
+        return Pending(lambda: 1, lambda: values)
+
+    assert worker.submit("a", run, overlaps=True).result(5) == 1
+    end = time.monotonic() + 5
+    while alive[0]() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert alive[0]() is None

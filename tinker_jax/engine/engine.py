@@ -31,6 +31,7 @@ from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine import memory
 from tinker_jax.engine.config import EngineConfig
+from tinker_jax.engine.pending import Pending
 from tinker_jax.engine.programs import keep_compiled
 from tinker_jax.engine.sampler import Sampler
 from tinker_jax.engine.trainer import AdapterState, Trainer, groups, hyperparameters
@@ -111,7 +112,9 @@ class Engine:
         self._adapters: dict[str, AdapterState] = {}
         self._samplers: dict[str, _SamplerWeights] = {}
         self._info: ModelInfo | None = None
-        self._worker = Worker(f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision, self._unload)
+        self._worker = Worker(
+            f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision, self._unload, self._recover
+        )
 
     @property
     def failed(self) -> bool:
@@ -175,6 +178,9 @@ class Engine:
         except Exception as error:  # a defect of the sampler itself: whoever waits must hear of it
             self._sampler.fail(error)
             return False
+
+    def _recover(self, error: BaseException, again: bool) -> BaseException | None:
+        return self._trainer.recover(error, again)
 
     def _unload(self) -> None:
         self._sampler.close()
@@ -271,22 +277,30 @@ class Engine:
         """
         data = list(data)
         self._check(data, loss_fn, loss_fn_config)
-        return self._worker.submit(model_id, lambda: self._forward_backward(model_id, data, loss_fn, loss_fn_config, backward))
+
+        def run() -> Pending[ForwardBackwardOutput]:
+            return self._forward_backward(model_id, data, loss_fn, loss_fn_config, backward)
+
+        return self._worker.submit(model_id, run, overlaps=True)
 
     def _check(self, data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any] | None) -> None:
         info = self._info
         limits = {} if info is None else {"vocab_size": info.vocab_size, "context_length": info.context_length}
         check_data(data, loss_fn, config, **limits)
 
-    def _forward_backward(self, model_id, data, loss_fn, config, backward: bool) -> ForwardBackwardOutput:
+    def _forward_backward(self, model_id, data, loss_fn, config, backward: bool) -> Pending[ForwardBackwardOutput]:
         self._check(data, loss_fn, config)  # again: the model may not have been loaded at the call
         state = self._adapter(model_id)
-        logprobs, metrics = self._trainer.forward_backward(state, data, loss_fn, config, backward=backward)
-        return ForwardBackwardOutput(
-            loss_fn_output_type="ArrayRecord",
-            loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
-            metrics=metrics,
-        )
+
+        def output(result: tuple[list[np.ndarray], dict[str, float]]) -> ForwardBackwardOutput:
+            logprobs, metrics = result
+            return ForwardBackwardOutput(
+                loss_fn_output_type="ArrayRecord",
+                loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
+                metrics=metrics,
+            )
+
+        return self._trainer.forward_backward(state, data, loss_fn, config, backward=backward).then(output)
 
     def forward_backward_custom(
         self, model_id: str, data: Sequence[Datum], gradient: CustomGradient
@@ -300,7 +314,7 @@ class Engine:
         self._check(plain, "cross_entropy", None)
 
         def forward() -> Detour:
-            output = self._forward_backward(model_id, plain, "cross_entropy", None, False)
+            output = self._forward_backward(model_id, plain, "cross_entropy", None, False).finish()
             logprobs = [out["logprobs"].to_numpy() for out in output.loss_fn_outputs]
             return Detour(lambda: gradient(logprobs), backward)
 
@@ -316,7 +330,7 @@ class Engine:
                 )
                 for datum, g in zip(plain, gradients, strict=True)
             ]
-            return self._forward_backward(model_id, weighted, "cross_entropy", None, True), loss, metrics
+            return self._forward_backward(model_id, weighted, "cross_entropy", None, True).finish(), loss, metrics
 
         return self._worker.submit(model_id, forward)
 
@@ -328,11 +342,13 @@ class Engine:
         """
         hyperparameters(params)
 
-        def run() -> OptimStepResponse:
-            metrics = self._trainer.optim_step(self._adapter(model_id), params)
+        def response(metrics: dict[str, float]) -> OptimStepResponse:
             return OptimStepResponse(metrics={f"{name}:mean": value for name, value in metrics.items()})
 
-        return self._worker.submit(model_id, run)
+        def run() -> Pending[OptimStepResponse]:
+            return self._trainer.optim_step(self._adapter(model_id), params).then(response)
+
+        return self._worker.submit(model_id, run, overlaps=True)
 
     # ---- checkpoints ----
 
@@ -390,7 +406,7 @@ class Engine:
             state = self._adapter(model_id)
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(state.params, state.scale))
 
-        return self._worker.submit(model_id, run)
+        return self._worker.submit(model_id, run, before=sampler_id)
 
     def load_sampler(self, sampler_id: str, path: str | None) -> Future[None]:
         """Gives a checkpoint's weights, or with None the bare base model, to a sampler."""

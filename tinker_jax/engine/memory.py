@@ -5,10 +5,11 @@ Pure functions of configuration and byte counts; no device is asked here except 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -20,6 +21,9 @@ from tinker_jax.sharding import MESH_AXES
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _LEAST_TOKENS = 2048
 
+POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
+"""From the fastest to the smallest."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,6 +32,45 @@ class Plan:
     token_budget: int
     remat: Remat
     kv_bytes: int
+
+
+class OutOfMemory(MemoryError):
+    """A training step found no room on the device.
+
+    Attributes:
+        plan: what it ran under.
+        shape: (rows, length) of its largest micro-batch; None: it has none.
+        least: length of the row that its longest sequence needs.
+    """
+
+    def __init__(self, text: str, plan: Plan, shape: tuple[int, int] | None, least: int) -> None:
+        super().__init__(text)
+        self.plan, self.shape, self.least = plan, shape, least
+
+
+@contextlib.contextmanager
+def out_of_memory(plan: Plan, shape: tuple[int, int] | None = None, least: int = 0) -> Iterator[None]:
+    """Raises XLA's out-of-memory, which is known by its text alone, as `OutOfMemory`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(str(error), plan, shape, least) from error
+
+
+def smaller(plan: Plan, shape: tuple[int, int], least: int) -> Plan | None:
+    """What to try after a micro-batch of `shape` did not fit: half of it, or when its longest sequence needs it all, more
+    recomputed.
+
+    Returns:
+        A plan that makes the same micro-batch smaller, or None when nothing is left to save.
+    """
+    rows, length = shape
+    if length > least:
+        return replace(plan, token_budget=min(plan.token_budget, rows * length) // 2)
+    at = POLICIES.index(plan.remat)
+    return replace(plan, remat=POLICIES[at + 1]) if at + 1 < len(POLICIES) else None
 
 
 def device_bytes() -> int:

@@ -1,11 +1,13 @@
 """forward_backward and optim_step of one base model, for any number of adapters.
 
-Pure programs over packed micro-batches, and the host code that feeds them. Nothing here knows threads or clients.
+Pure programs over packed micro-batches, and the host code that feeds them: it dispatches, and leaves the waiting to whoever
+reads the `Pending` result. Nothing here knows threads or clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,10 @@ import numpy as np
 
 from tinker_jax import lora as lora_lib
 from tinker_jax import optim, sharding
-from tinker_jax.engine.memory import Plan
-from tinker_jax.engine.packing import MicroBatch, pack, unpack
+from tinker_jax.engine import memory
+from tinker_jax.engine.memory import OutOfMemory, Plan, out_of_memory
+from tinker_jax.engine.packing import MicroBatch, bucket, pack, unpack
+from tinker_jax.engine.pending import Pending
 from tinker_jax.engine.programs import Program
 from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
 from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
@@ -30,10 +34,12 @@ from tinker_jax.types.loss_specs import LOSS_SPECS
 if TYPE_CHECKING:
     from tinker_jax.types import AdamParams, Datum, LoraConfig
 
+logger = logging.getLogger("tinker_jax")
+
 
 @dataclass
 class AdapterState:
-    """One adapter in training. `params` and `opt` are replaced, never changed, so a snapshot is a reference."""
+    """One adapter in training. Its trees are replaced, never changed, so a snapshot is a reference."""
 
     lora: LoraConfig
     params: lora_lib.Adapter
@@ -44,6 +50,15 @@ class AdapterState:
     def scale(self) -> float:
         """Factor of the low-rank update."""
         return lora_lib.scale(self.lora.rank)
+
+    def undo(self) -> Callable[[], None]:
+        """A function that puts back what is here now."""
+        now = self.params, self.opt, self.grads
+
+        def put_back() -> None:
+            self.params, self.opt, self.grads = now
+
+        return put_back
 
 
 def groups(lora: LoraConfig) -> tuple[str, ...]:
@@ -66,9 +81,9 @@ class Trainer:
         self._targets = lora_targets(cfg)
         self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
-        static = ("loss_fn", "backward")
-        self._step = Program(self._step_fn, "train_step", static=static, donate=(2,))
-        self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(0,))
+        static = ("loss_fn", "backward", "remat", "trained")
+        self._step = Program(self._step_fn, "train_step", static=static)
+        self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(1,))
         self._update = Program(optim.adamw, "optim_step")
 
     @property
@@ -78,9 +93,9 @@ class Trainer:
 
     # ---- adapters ----
 
-    def adapter_shardings(self, lora: LoraConfig) -> lora_lib.Adapter:
-        """Where each factor of an adapter lies."""
-        axes = lora_lib.logical_axes(self._targets, groups(lora))
+    def adapter_shardings(self, trained: Sequence[str]) -> lora_lib.Adapter:
+        """Where each factor of an adapter of the trained groups lies."""
+        axes = lora_lib.logical_axes(self._targets, trained)
         return jax.tree.map(lambda a: sharding.named(self._mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
     def abstract(self, lora: LoraConfig) -> tuple[lora_lib.Adapter, dict[str, Any]]:
@@ -90,7 +105,7 @@ class Trainer:
         def place(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
 
-        adapter = jax.tree.map(place, shapes, self.adapter_shardings(lora))
+        adapter = jax.tree.map(place, shapes, self.adapter_shardings(groups(lora)))
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
         return adapter, {"mu": adapter, "nu": adapter, "count": count}
 
@@ -98,7 +113,7 @@ class Trainer:
         """A fresh adapter; equal seeds give equal values on every mesh."""
         key = jax.random.key(seed % 2**32)
         params = lora_lib.init(key, self._targets, lora.rank, groups(lora))
-        params = jax.device_put(params, self.adapter_shardings(lora))
+        params = jax.device_put(params, self.adapter_shardings(groups(lora)))
         return AdapterState(lora, params, self.fresh_optimizer(lora, params))
 
     def fresh_optimizer(self, lora: LoraConfig, params: lora_lib.Adapter) -> dict[str, Any]:
@@ -110,7 +125,7 @@ class Trainer:
 
     def forward_backward(
         self, state: AdapterState, data: Sequence[Datum], loss_fn: str, config: Mapping[str, float] | None, *, backward: bool
-    ) -> tuple[list[np.ndarray], dict[str, float]]:
+    ) -> Pending[tuple[list[np.ndarray], dict[str, float]]]:
         """Log-probabilities and metrics of `data`; with `backward`, gradients join `state.grads`.
 
         Args:
@@ -122,48 +137,64 @@ class Trainer:
 
         Returns:
             Per datum float32 log-probabilities of its targets, [N] or [N, K], in order; and metrics `name:reduction`.
+
+        Raises:
+            OutOfMemory: at the call or at the read.
         """
         values = default_config(loss_fn, config)
+        plan, undo = self._plan, state.undo()
         tokens = [model_tokens(datum) for datum in data]
         batches = pack(
             tokens,
             loss_inputs(data, loss_fn, values),
-            token_budget=self._plan.token_budget,
+            token_budget=plan.token_budget,
             rows=self._row_shards,
             most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
         )
-        scale = jnp.float32(state.scale)
-        grads = jax.tree.map(jnp.zeros_like, state.params) if backward else None
-        outputs = []
+        widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
+        with out_of_memory(plan, widest, least):
+            outputs, grads = self._dispatch(state, batches, loss_fn, values, backward)
+            if backward and state.grads is not None:
+                grads = self._add(state.grads, grads, shape=_adapter_shape(state.lora))
+        if backward:
+            state.grads = grads
+
+        def read() -> tuple[list[np.ndarray], dict[str, float]]:
+            with out_of_memory(plan, widest, least):
+                host = jax.device_get(outputs)  # one transfer
+                jax.block_until_ready(grads)  # the sum is a program of its own, whose failure must not surface later
+            logprobs = unpack(batches, [lp for lp, _ in host], len(data))
+            shapes = [datum.loss_fn_inputs["target_tokens"].to_numpy().shape for datum in data]
+            logprobs = [_like(lp, shape) for lp, shape in zip(logprobs, shapes, strict=True)]
+            return logprobs, combine_metrics([raw for _, raw in host])
+
+        return Pending(read, undo)
+
+    def _dispatch(self, state, batches, loss_fn, values, backward: bool) -> tuple[list[Any], lora_lib.Adapter | None]:
+        """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients)."""
+        total, outputs = None, []
         for batch in batches:
-            device_batch = jax.device_put(_arrays(batch), self._rows_of(batch))
             grads, *output = self._step(
                 state.params,
-                scale,
-                grads,
+                np.float32(state.scale),
                 self._params,
-                device_batch,
+                jax.device_put(_arrays(batch), self._rows_of(batch)),
                 values,
                 shape=f"{_shape(batch, state.lora)} {loss_fn}{' backward' if backward else ''}",
                 loss_fn=loss_fn,
                 backward=backward,
+                remat=self._plan.remat,
+                trained=groups(state.lora),
             )
             outputs.append(output)
-        host = jax.device_get(outputs)  # one transfer, and the only wait
-        logprobs = unpack(batches, [lp for lp, _ in host], len(data))
-        shapes = [datum.loss_fn_inputs["target_tokens"].to_numpy().shape for datum in data]
-        logprobs = [_like(lp, shape) for lp, shape in zip(logprobs, shapes, strict=True)]
-        metrics = combine_metrics([raw for _, raw in host])
-        if backward:
-            shape = _adapter_shape(state.lora)
-            state.grads = grads if state.grads is None else self._add(state.grads, grads, shape=shape)
-        return logprobs, metrics
+            total = grads if total is None else self._add(total, grads, shape=_adapter_shape(state.lora))
+        return outputs, total
 
     def _rows_of(self, batch: MicroBatch) -> dict[str, jax.sharding.Sharding]:
         return {k: sharding.named(self._mesh, ("rows",) + (None,) * (x.ndim - 1)) for k, x in _arrays(batch).items()}
 
-    def _step_fn(self, adapter, scale, total, params, batch, config, *, loss_fn, backward):
-        """One micro-batch: (gradients added to `total`, log-probabilities [B, T(, K)], raw metrics)."""
+    def _step_fn(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained):
+        """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
         cfg = self._cfg
         inputs = dict(batch)
         tokens, positions, segments, sequences = (inputs.pop(k) for k in ("tokens", "positions", "segments", "sequences"))
@@ -174,7 +205,7 @@ class Trainer:
         def loss(adapter):
             factors = lora_lib.scaled(adapter, scale)
             decoder = dense.Decoder(cfg, params, self._attention)
-            h_MD, _ = decoder.forward(tokens, positions, segments, factors, remat=self._plan.remat)
+            h_MD, _ = decoder.forward(tokens, positions, segments, factors, remat=remat)
             # Gathered over `fsdp` once, or every tile would gather it again.
             kernel_VD = jax.lax.with_sharding_constraint(
                 dense.unembedding(cfg, params), sharding.named(self._mesh, ("vocab", None))
@@ -196,31 +227,75 @@ class Trainer:
             _, (logprobs, raw) = loss(adapter)
             return None, logprobs, raw
         grads, (logprobs, raw) = jax.grad(loss, has_aux=True)(adapter)
-        return jax.tree.map(jnp.add, total, grads), logprobs, raw
+        return jax.lax.with_sharding_constraint(grads, self.adapter_shardings(trained)), logprobs, raw
 
     # ---- optim_step ----
 
-    def optim_step(self, state: AdapterState, params: AdamParams) -> dict[str, float]:
+    def optim_step(self, state: AdapterState, params: AdamParams) -> Pending[dict[str, float]]:
         """AdamW on the accumulated gradients, which are gone afterwards.
 
         Raises:
             BadRequestError: there are no gradients.
-            UnprocessableEntityError: they are not finite; the step is not applied.
+            UnprocessableEntityError: at the read: they are not finite; the step was not applied.
+            OutOfMemory: at the call or at the read.
         """
         if state.grads is None:
             raise BadRequestError("optim_step without gradients: call forward_backward first.")
-        hyper = hyperparameters(params)
-        shape = _adapter_shape(state.lora)
-        new, opt, metrics = self._update(state.params, state.grads, state.opt, hyper, shape=shape)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        state.grads = None
-        if not np.isfinite(values["grad_norm"]):
-            raise UnprocessableEntityError(
-                "optim_step: the gradients are not finite; the step was not applied and the gradients were dropped. "
-                "Look for extreme advantages or log-probability ratios, or lower the learning rate."
+        undo = state.undo()
+        with out_of_memory(self._plan):
+            state.params, state.opt, metrics = self._update(
+                state.params, state.grads, state.opt, hyperparameters(params), shape=_adapter_shape(state.lora)
             )
-        state.params, state.opt = new, opt
-        return values
+        state.grads = None
+
+        def read() -> dict[str, float]:
+            with out_of_memory(self._plan):
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not np.isfinite(values["grad_norm"]):
+                raise UnprocessableEntityError(
+                    "optim_step: the gradients are not finite; the step was not applied and the gradients were dropped. "
+                    "Look for extreme advantages or log-probability ratios, or lower the learning rate."
+                )
+            return values
+
+        return Pending(read, undo)
+
+    # ---- out of memory ----
+
+    def recover(self, error: BaseException, again: bool) -> BaseException | None:
+        """Makes room after a training step ran out of memory.
+
+        Args:
+            error: what a step, or its read, raised.
+            again: the step had the device to itself.
+
+        Returns:
+            None when the step may run again: with half the micro-batch, or with more recomputed where that is one row. Else
+            the error to report.
+        """
+        if not isinstance(error, OutOfMemory):
+            return error
+        if error.shape is None:  # the optimiser, whose size no plan changes
+            return _too_large("optim_step") if again else None
+        if error.plan is not self._plan:  # there is more room since
+            return None
+        plan = memory.smaller(self._plan, error.shape, error.least)
+        if plan is None:
+            return _too_large(f"a row of {error.shape[1]} tokens, with every layer recomputed,")
+        logger.warning(
+            "out of memory on %d x %d tokens: micro-batches of %d tokens, remat %s, become %d tokens, remat %s",
+            *error.shape,
+            *(self._plan.token_budget, self._plan.remat, plan.token_budget, plan.remat),
+        )
+        self._plan = plan
+        return None
+
+
+def _too_large(what: str) -> UnprocessableEntityError:
+    return UnprocessableEntityError(
+        f"{what} does not fit into a device of {memory.device_bytes() / 2**30:.3g} GiB beside the model; nothing was changed. "
+        "Shorten the longest sequence, lower the LoRA rank, or cut the model over more devices (EngineConfig.mesh)."
+    )
 
 
 def hyperparameters(params: AdamParams) -> optim.AdamHyper:
