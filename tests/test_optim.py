@@ -120,3 +120,16 @@ def test_the_state_is_float32_and_laid_out_as_the_adapter():
 def test_impossible_hyperparameters_are_refused_by_name(values, message):
     with pytest.raises(BadRequestError, match=message):
         optim.adam_hyper(**values)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    rng = np.random.default_rng(0)
+    adapter = to_jax(random_tree(rng))
+    adapter, state, _ = optim.adamw(adapter, to_jax(random_tree(rng)), optim.init(adapter), optim.adam_hyper())
+    grads = to_jax(random_tree(rng))
+    grads["lm_head"]["a"] = grads["lm_head"]["a"].at[0, 0].set(bad)
+    after, state_after, metrics = optim.adamw(adapter, grads, state, optim.adam_hyper(weight_decay=0.1))
+    assert not np.isfinite(metrics["grad_norm"])
+    for old, new in zip(jax.tree.leaves((adapter, state)), jax.tree.leaves((after, state_after)), strict=True):
+        np.testing.assert_array_equal(old, new)

@@ -3,6 +3,9 @@
 `{"layers": {"q_proj": {"a": [L, D, R], "b": [L, R, out]}, …}, "lm_head": {"a": [D, R], "b": [R, V]}}`, float32. The model takes
 an adapter as an argument; the base weights never change.
 
+Programs are compiled for a few ranks only: an adapter at work is padded to the next of them with zeros, which change no result
+and which training leaves at zero; one that is stored has its own rank.
+
 Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
 """
 
@@ -46,6 +49,37 @@ class Target(Protocol):
 def scale(rank: int) -> float:
     """The factor of the low-rank update."""
     return ALPHA / rank
+
+
+def bucket(rank: int) -> int:
+    """The rank at which an adapter is computed: a power of two, at least 8."""
+    return max(8, 1 << (rank - 1).bit_length())
+
+
+def pad(tree: Adapter) -> Adapter:
+    """An adapter, or the state of its optimiser, at the rank of its bucket: more columns of `a` and rows of `b`, all zero.
+
+    The update `(x a) b` is the same, and the gradients of what was added are exactly zero: those of `a` come through zero
+    rows of `b`, those of `b` through zero columns of `a`.
+    """
+
+    def grow(x: jax.Array, axis: int) -> jax.Array:
+        missing = bucket(x.shape[axis]) - x.shape[axis]
+        widths = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
+        return jnp.pad(x, widths) if missing else x
+
+    return _on_rank_axes(grow, tree)
+
+
+def trim(tree: Adapter, rank: int) -> Adapter:
+    """What `pad` made of a tree of this rank, back as it was."""
+    return _on_rank_axes(lambda x, axis: x if x.shape[axis] == rank else jax.lax.slice_in_dim(x, 0, rank, axis=axis), tree)
+
+
+def _on_rank_axes(change: Callable[[jax.Array, int], jax.Array], tree: Mapping[str, Any]) -> Adapter:
+    if "a" in tree:
+        return {"a": change(tree["a"], -1), "b": change(tree["b"], -2)}
+    return {name: _on_rank_axes(change, node) if isinstance(node, Mapping) else node for name, node in tree.items()}
 
 
 def _build(targets: Sequence[Target], groups: Sequence[str], make: Callable[[Target, str], Any]) -> Adapter:

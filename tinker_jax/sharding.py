@@ -50,14 +50,22 @@ def make_mesh(axis_sizes: Mapping[str, int] | None = None, devices: Sequence[Any
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(axes: Sequence[str | None]) -> P:
-    """PartitionSpec of logical axes, e.g. `("embed", "heads")` → `P("fsdp", "tensor")`."""
-    return P(*(None if axis is None else RULES.get(axis) for axis in axes))
-
-
 def named(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """Sharding of an array whose dimensions mean `axes`."""
-    return NamedSharding(mesh, spec(axes))
+    """Sharding of an array whose dimensions mean `axes`, e.g. `("embed", "heads")` → `P("fsdp", "tensor")`.
+
+    Written as XLA writes that of an output, without axes of one device and without None at the end: a program whose output
+    comes back as its input under another spelling of the same sharding is compiled a second time.
+    """
+
+    def cut(axis: str | None) -> str | tuple[str, ...] | None:
+        names = RULES.get(axis, ()) if axis else ()
+        names = tuple(name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1)
+        return names if len(names) > 1 else next(iter(names), None)
+
+    entries = [cut(axis) for axis in axes]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(mesh, P(*entries))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from tinker_jax.checkpoints.state import read_meta
 from tinker_jax.checkpoints.store import RunRecord, Store
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.engine import Engine, get_engine
@@ -39,7 +40,7 @@ def model_id(engine):
     engine.release(name)
 
 
-def make_run(engine, name):
+def make_run(engine, name, rank=4):
     import datetime
 
     now = datetime.datetime.now(datetime.UTC)
@@ -48,7 +49,7 @@ def make_run(engine, name):
             run_id=name,
             session_id="s",
             base_model=engine.base_model,
-            lora_rank=4,
+            lora_rank=rank,
             train_mlp=True,
             train_attn=True,
             train_unembed=True,
@@ -199,6 +200,29 @@ def test_a_saved_sampler_equals_the_snapshot(engine, model_id):
     np.testing.assert_array_equal(prompt_logprobs(engine, "loaded", tokens), prompt_logprobs(engine, "live", tokens))
     with pytest.raises(BadRequestError, match="sampler_weights"):
         engine.load_adapter("x", path, with_optimizer=True, create=True).result(120)
+
+
+def test_an_adapter_is_stored_and_sampled_at_its_own_rank(engine):
+    name = "five:train:0"
+    make_run(engine, name, rank=5)
+    engine.create_adapter(name, LoraConfig(rank=5, seed=0))
+    train(engine, name, 2)
+    path = engine.save_state(name, name, "mid").result(120)
+    shapes = read_meta(Store(engine.config.home).get(path).directory)["tensors"]
+    assert shapes["adapter"]["layers.q_proj.a"]["shape"] == [3, 32, 5]
+    assert shapes["optimizer"]["nu.lm_head.b"]["shape"] == [5, tiny.VOCAB]
+    engine.load_adapter("five again", path, with_optimizer=True, create=True)
+    for client in (name, "five again"):
+        train(engine, client, 2, start=2)
+    np.testing.assert_array_equal(score(engine, "five again"), score(engine, name))
+    engine.snapshot(name, "five live")
+    engine.load_sampler("five stored", engine.save_sampler(name, name, "end").result(120))
+    tokens = data(7, (30,))[0].model_input.to_ints()
+    datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
+    out = engine.forward_backward(name, [datum], "cross_entropy", None, backward=False).result(120)
+    live = prompt_logprobs(engine, "five live", tokens)
+    np.testing.assert_allclose(live, out.loss_fn_outputs[0]["logprobs"].to_numpy(), atol=1e-5)
+    np.testing.assert_array_equal(prompt_logprobs(engine, "five stored", tokens), live)
 
 
 def test_the_bare_base_model_equals_a_fresh_adapter(engine, model_id):
@@ -457,7 +481,7 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
     assert sum(m.startswith("loaded ") for m in messages) == 1
     assert (
         sum(
-            m.startswith("compiled train_step rows=1 length=64 rank=4 attn+mlp+unembed target_tokens cross_entropy backward in")
+            m.startswith("compiled train_step rows=1 length=64 rank=8 attn+mlp+unembed target_tokens cross_entropy backward in")
             for m in messages
         )
         == 1

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from tinker_jax import sharding
+from tinker_jax import lora, sharding
 from tinker_jax.engine.memory import Plan
 from tinker_jax.engine.trainer import Trainer
 from tinker_jax.models.weights import weights
@@ -38,8 +38,9 @@ def trainer(family="qwen3", mesh=None, plan=PLAN):
 def perturbed(state, seed=0):
     """Moves `b` off zero, so that gradients of `a` exist and adapters change the outputs."""
     rng = np.random.default_rng(seed)
-    place = lambda x: jax.device_put(x + 0.05 * rng.normal(size=x.shape).astype(np.float32), x.sharding)  # noqa: E731
-    state.params = jax.tree.map(place, state.params)
+    params, _ = state.stored()
+    moved = lora.pad(jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), params))
+    state.params = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), moved, state.params)
     return state
 
 
@@ -62,11 +63,12 @@ def as_peft(family, state):
     model = peft.get_peft_model(
         tiny.model(family), peft.LoraConfig(r=state.lora.rank, lora_alpha=32, target_modules=[*PROJECTIONS, "lm_head"])
     )
+    params, _ = state.stored()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 module, factor = name.split(".")[-4], "a" if "lora_A" in name else "b"
-                tree = state.params["lm_head"] if module == "lm_head" else state.params["layers"][module]
+                tree = params["lm_head"] if module == "lm_head" else params["layers"][module]
                 value = np.asarray(tree[factor])
                 value = value if module == "lm_head" else value[int(name.split(".layers.")[1].split(".")[0])]
                 parameter.copy_(torch.tensor(value.T))
@@ -90,10 +92,11 @@ def test_logprobs_and_adapter_gradients_match_peft(family):
         total = total - (theirs * w).sum()
     total.backward()
     assert metrics["loss:sum"] == pytest.approx(total.item(), rel=1e-4)
+    grads = lora.trim(state.grads, state.lora.rank)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             module, factor = name.split(".")[-4], "a" if "lora_A" in name else "b"
-            tree = state.grads["lm_head"] if module == "lm_head" else state.grads["layers"][module]
+            tree = grads["lm_head"] if module == "lm_head" else grads["layers"][module]
             ours = np.asarray(tree[factor])
             ours = ours if module == "lm_head" else ours[int(name.split(".layers.")[1].split(".")[0])]
             theirs = parameter.grad.numpy().T
@@ -277,8 +280,21 @@ def test_parameters_are_really_sharded():
     run.optim_step(state, AdamParams())
     for tree in (state.params, state.opt["mu"], state.opt["nu"]):
         down = tree["layers"]["down_proj"]
-        assert down["a"].addressable_shards[0].data.shape == (L, 24, 4)
-        assert down["b"].addressable_shards[0].data.shape == (L, 4, D // 2)
+        assert down["a"].addressable_shards[0].data.shape == (L, 24, 8)
+        assert down["b"].addressable_shards[0].data.shape == (L, 8, D // 2)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_step_on_the_results_of_a_step_compiles_nothing(mesh):
+    run = trainer(mesh=mesh)
+    state = run.new_adapter(LoraConfig(rank=4), 0)
+    compiled = []
+    for _ in range(3):
+        for _ in range(2):
+            run.forward_backward(state, random_data([30]), "cross_entropy", None, backward=True)
+        run.optim_step(state, AdamParams())
+        compiled.append([program._jit._cache_size() for program in (run._step, run._add, run._update)])
+    assert compiled[0] == compiled[1] == compiled[2] and compiled[0][:2] == [1, 1]
 
 
 def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
@@ -314,3 +330,34 @@ def test_random_lengths_compile_few_programs():
         lengths = rng.integers(1, 128, rng.integers(1, 12))
         run.forward_backward(state, random_data(lengths), "cross_entropy", None, backward=True)
     assert run.programs <= 7
+
+
+def test_ranks_of_a_bucket_share_their_programs_and_give_the_results_of_their_own_rank(monkeypatch):
+    def train(run, rank):
+        state = perturbed(run.new_adapter(LoraConfig(rank=rank), 0))
+        values = []
+        for seed in range(2):
+            values += run.forward_backward(state, random_data([30, 12], seed), "cross_entropy", None, backward=True)[0]
+            values.append(run.optim_step(state, AdamParams(learning_rate=1e-2, weight_decay=0.1))["grad_norm"])
+        return state, values
+
+    run = trainer()
+    padded, updates = {}, set()
+    for rank in (5, 6, 8):
+        padded[rank] = train(run, rank)
+        updates.add(run._update._jit._cache_size())
+    assert run.programs == run._step._jit._cache_size() == 1
+    assert run._update.count == len(updates) == 1  # its cache is shared by all trainers
+    for rank, (state, values) in padded.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(lora, "bucket", lambda rank: rank)
+            plain, expected = train(trainer(), rank)
+        for ours, theirs in zip(values, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        theirs = leaves(plain.stored())
+        for name, ours in leaves(state.stored()).items():
+            assert ours.shape == theirs[name].shape
+            assert np.abs(ours - theirs[name]).max() <= 1e-5 * max(1.0, np.abs(theirs[name]).max()), name
+        again = [lora.pad(tree) for tree in state.stored()]
+        for ours, whole in zip(jax.tree.leaves(again), jax.tree.leaves([state.params, state.opt]), strict=True):
+            np.testing.assert_array_equal(ours, whole)  # what was added is still zero

@@ -215,8 +215,7 @@ class Engine:
             abstract, abstract_opt = self._trainer.abstract(lora)
             with self._fitting(record):
                 params, opt = load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
-            opt = opt if opt is not None else self._trainer.fresh_optimizer(lora, params)
-            self._adapters[model_id] = AdapterState(lora, params, opt)
+            self._adapters[model_id] = self._trainer.place(lora, params, opt)
             return lora
 
         return self._worker.submit(model_id, run)
@@ -380,13 +379,14 @@ class Engine:
     def _save(self, model_id, run_id, name, kind, ttl_seconds, overwrite, user_metadata) -> Future[str]:
         def run() -> str:
             start, state = time.perf_counter(), self._adapter(model_id)
-            opt = state.opt if kind == "weights" else None
+            params, opt = state.stored()
+            opt = opt if kind == "weights" else None
             meta = {"base_model": self.base_model, "rank": state.lora.rank, "groups": list(groups(state.lora))}
             record = self._store.write(
                 run_id,
                 kind,
                 name,
-                lambda directory: save_adapter(directory, state.params, opt, meta),
+                lambda directory: save_adapter(directory, params, opt, meta),
                 has_optimizer=opt is not None,
                 overwrite=overwrite,
                 ttl_seconds=ttl_seconds,
@@ -419,7 +419,8 @@ class Engine:
             lora = _lora_of(record)
             with self._fitting(record):
                 params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
-            self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(params, lora_lib.scale(lora.rank)))
+            adapter = lora_lib.scaled(lora_lib.pad(params), lora_lib.scale(lora.rank))
+            self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
 
         return self._worker.submit(sampler_id, run)
 

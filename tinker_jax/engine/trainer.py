@@ -39,7 +39,7 @@ logger = logging.getLogger("tinker_jax")
 
 @dataclass
 class AdapterState:
-    """One adapter in training. Its trees are replaced, never changed, so a snapshot is a reference."""
+    """One adapter in training, padded to its rank's bucket. Trees are replaced, never changed: a snapshot is a reference."""
 
     lora: LoraConfig
     params: lora_lib.Adapter
@@ -50,6 +50,10 @@ class AdapterState:
     def scale(self) -> float:
         """Factor of the low-rank update."""
         return lora_lib.scale(self.lora.rank)
+
+    def stored(self) -> tuple[lora_lib.Adapter, dict[str, Any]]:
+        """Parameters and optimiser state at the adapter's own rank."""
+        return lora_lib.trim(self.params, self.lora.rank), lora_lib.trim(self.opt, self.lora.rank)
 
     def undo(self) -> Callable[[], None]:
         """A function that puts back what is here now."""
@@ -99,7 +103,7 @@ class Trainer:
         return jax.tree.map(lambda a: sharding.named(self._mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
     def abstract(self, lora: LoraConfig) -> tuple[lora_lib.Adapter, dict[str, Any]]:
-        """Adapter and optimiser state as `ShapeDtypeStruct`s with shardings, for a restore."""
+        """Adapter and optimiser state as they are stored: `ShapeDtypeStruct`s with shardings, for a restore."""
         shapes = lora_lib.abstract(self._targets, lora.rank, groups(lora))
 
         def place(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -112,14 +116,14 @@ class Trainer:
     def new_adapter(self, lora: LoraConfig, seed: int) -> AdapterState:
         """A fresh adapter; equal seeds give equal values on every mesh."""
         key = jax.random.key(seed % 2**32)
-        params = lora_lib.init(key, self._targets, lora.rank, groups(lora))
-        params = jax.device_put(params, self.adapter_shardings(groups(lora)))
-        return AdapterState(lora, params, self.fresh_optimizer(lora, params))
+        return self.place(lora, lora_lib.init(key, self._targets, lora.rank, groups(lora)), None)
 
-    def fresh_optimizer(self, lora: LoraConfig, params: lora_lib.Adapter) -> dict[str, Any]:
-        """Zero moments, placed like the adapter."""
-        _, abstract = self.abstract(lora)
-        return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), optim.init(params), abstract)
+    def place(self, lora: LoraConfig, params: lora_lib.Adapter, opt: dict[str, Any] | None) -> AdapterState:
+        """Readies an adapter of its own rank, with its optimiser state or a fresh one, for training."""
+        params = lora_lib.pad(params)
+        opt = optim.init(params) if opt is None else lora_lib.pad(opt)
+        adapter, state = jax.tree.map(lambda x: x.sharding, self.abstract(lora))
+        return AdapterState(lora, jax.device_put(params, adapter), jax.device_put(opt, state))
 
     # ---- forward_backward ----
 
@@ -356,7 +360,7 @@ def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
 
 
 def _adapter_shape(lora: LoraConfig) -> str:
-    return f"rank={lora.rank} {'+'.join(groups(lora))}"
+    return f"rank={lora_lib.bucket(lora.rank)} {'+'.join(groups(lora))}"
 
 
 def _shape(batch: MicroBatch, lora: LoraConfig) -> str:
