@@ -371,7 +371,9 @@ def test_a_bfloat16_engine_trains_in_float32_and_reports_float32_logprobs(checkp
 
     scores = trainer(tokens)
     assert len(set(scores.tolist())) > 0.9 * len(scores)  # bfloat16 would leave a few dozen values
-    np.testing.assert_allclose(prompt_logprobs(engine, "low-sampler", tokens), scores, atol=1e-5)
+    # Two programs may round a bfloat16 differently, which later tokens see.
+    gap = prompt_logprobs(engine, "low-sampler", tokens) - scores
+    assert np.sqrt(np.mean(gap**2)) < 0.01
     request = SampleRequest(
         prompt=ModelInput.from_ints(tokens[:30]), sampling_params=SamplingParams(max_tokens=40, stop=[], seed=1)
     )
@@ -481,7 +483,9 @@ def test_loading_compiling_and_saving_log_one_line_each(checkpoint, tmp_path, ca
     assert sum(m.startswith("loaded ") for m in messages) == 1
     assert (
         sum(
-            m.startswith("compiled train_step rows=1 length=64 rank=8 attn+mlp+unembed target_tokens cross_entropy backward in")
+            m.startswith(
+                "compiled train_step rows=1 length=128 rank=8 attn+mlp+unembed target_tokens cross_entropy backward in"
+            )
             for m in messages
         )
         == 1

@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(engine, monkeypa
     np.testing.assert_allclose(adapter(engine, "tried"), adapter(engine, "calm"), atol=1e-5)
     (warning,) = (record.getMessage() for record in caplog.records)
     assert warning == (
-        "out of memory on 4 x 512 tokens: micro-batches of 8192 tokens, remat none, become 1024 tokens, remat none"
+        "out of memory on 1 x 2048 tokens: micro-batches of 8192 tokens, remat none, become 1024 tokens, remat none"
     )
 
 
@@ -170,7 +170,7 @@ def test_a_call_that_does_not_fit_in_any_way_is_refused_and_changes_nothing(engi
     assert refused.match(r"a row of 512 tokens, with every layer recomputed, does not fit into a device of .* GiB")
     assert refused.match(".*Shorten the longest sequence, lower the LoRA rank, or cut the model over more devices")
     ends = [record.getMessage().rpartition(" become ")[2] for record in caplog.records]
-    assert ends == ["1024 tokens, remat none", "1024 tokens, remat attention", "1024 tokens, remat full"]
+    assert ends == ["1024 tokens, remat none", *(f"512 tokens, remat {remat}" for remat in ("none", "attention", "full"))]
     rest = [forward_backward(engine, "tried", 1), engine.optim_step("tried", STEP)]
     rest += [forward_backward(engine, "tried", 2), engine.optim_step("tried", STEP)]
     np.testing.assert_allclose(results([first, *rest]), calm, atol=1e-5, rtol=1e-5)
@@ -223,7 +223,7 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdo
 engine = Engine(sys.argv[1], EngineConfig(home=sys.argv[2]))
 engine.info().result(300)
 rng = np.random.default_rng(0)
-tokens = rng.integers(2, 300, (256, 511)).tolist()  # keep 1.7 GB for the backward pass when computed at once
+tokens = rng.integers(2, 300, (256, 511)).tolist()  # take 0.8 GB or more when computed at once
 data = [Datum(ModelInput.from_ints(row), {"target_tokens": row}) for row in tokens]
 
 def run(name):
@@ -237,7 +237,7 @@ def run(name):
 trainer = engine._trainer
 trainer._plan = dataclasses.replace(trainer._plan, token_budget=1 << 20)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (1200 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20),) * 2)
 tried = run("tried")
 assert trainer._plan.token_budget < 1 << 20
 np.testing.assert_array_equal(tried, run("calm"))

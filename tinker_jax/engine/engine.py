@@ -146,7 +146,7 @@ class Engine:
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
         params = load_base(directory, table, dtype, shardings)
         budget = self.config.memory or memory.device_bytes()
-        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape)
+        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape, mesh.devices.flat[0].platform)
         trainer = Trainer(cfg, params, mesh, plan)
         sampler = Sampler(
             cfg,

@@ -19,7 +19,9 @@ from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
 
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
+_MOST_TOKENS_CPU = 2048  # measured (docs/performance.md): more of it stays in the cache
 _LEAST_TOKENS = 2048
+_RANK = 32  # Tinker's default; no adapter is known when the plan is made
 
 POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
 """From the fastest to the smallest."""
@@ -87,34 +89,41 @@ def base_bytes(cfg: DecoderConfig, itemsize: int) -> int:
 
 
 def activation_bytes(cfg: DecoderConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:
-    """Bytes a token keeps from the forward for the backward pass, with one layer's working set, on each device.
+    """Bytes a token takes on each device: what layers keep from the forward for the backward pass, and one layer's working set.
 
-    A layer keeps its two normed inputs, q, k, v and the attention output, gate, up and their product, and the residual
-    stream; with full rematerialisation every layer keeps its input alone. `tensor` devices share heads and feed-forward
-    width, but each holds the model's full width.
+    Every layer keeps its input. `"attention"` adds attention's output and, float32, its log-sum-exp; `"none"` also q, k, v,
+    gate, up, the output of `o_proj` and what the adapters' first factors made. The working set is one layer computed again
+    with its gradients. `tensor` devices share heads and feed-forward width, but each holds the model's full width.
     """
-    layer = 4 * cfg.D + -(-(3 * cfg.N * cfg.H + 4 * cfg.K * cfg.H + 4 * cfg.F) // tensor)
-    kept = cfg.L * layer if remat == "none" else cfg.L * cfg.D + 2 * layer
-    return itemsize * kept
+    heads, kv_heads, width = (-(-x // tensor) for x in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
+    kept = cfg.D
+    if remat != "full":
+        kept += heads + 4 * cfg.N // itemsize // tensor
+    if remat == "none":
+        kept += cfg.D + heads + 2 * kv_heads + 2 * width + 7 * _RANK
+    working = 6 * cfg.D + 4 * heads + 2 * kv_heads + 8 * width
+    return itemsize * (cfg.L * kept + working)
 
 
-def plan(cfg: DecoderConfig, itemsize: int, memory: int, mesh: Mapping[str, int] | None = None) -> Plan:
+def plan(
+    cfg: DecoderConfig, itemsize: int, memory: int, mesh: Mapping[str, int] | None = None, platform: str | None = None
+) -> Plan:
     """Divides the `memory` bytes of each device.
 
     After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
-    and half to the activations of its rows; the rest is left to adapters, optimiser state and XLA's temporaries.
-    Activations are kept when a useful micro-batch fits, else rematerialised.
+    and half to the activations of its rows; the rest is left to adapters, optimiser state and XLA's temporaries. Of the
+    policies under which a useful micro-batch fits, the one that recomputes least is taken.
 
     Args:
         cfg: shape of the model.
         itemsize: bytes of a weight and of an activation.
         memory: bytes of one device.
         mesh: devices along each axis; absent axes have one.
+        platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`.
     """
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
     free = max(0, memory - base_bytes(cfg, itemsize) // (fsdp * tensor))
-    for remat in ("none", "full"):
-        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
-        if remat == "full" or tokens >= _LEAST_TOKENS:
-            break
-    return Plan(token_budget=int(min(max(tokens, 1), _MOST_TOKENS)) * data * fsdp, remat=remat, kv_bytes=free // 5)
+    fits = {remat: free // 2 // activation_bytes(cfg, itemsize, remat, tensor) for remat in POLICIES}
+    most = _MOST_TOKENS_CPU if platform == "cpu" else _MOST_TOKENS
+    remat = next((remat for remat in POLICIES if fits[remat] >= _LEAST_TOKENS), POLICIES[-1])
+    return Plan(token_budget=min(max(fits[remat], 1), most) * data * fsdp, remat=remat, kv_bytes=free // 5)
