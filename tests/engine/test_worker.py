@@ -367,6 +367,21 @@ def test_steps_end_in_the_order_of_their_submission_whatever_the_device_does(dev
     assert ends == ["1", "2"]
 
 
+def test_close_waits_until_the_reader_has_let_go_of_what_it_read():
+    class SlowToFree:
+        def __del__(self):
+            time.sleep(0.3)
+
+    def step():
+        held = SlowToFree()
+        return Pending(lambda: held is not None, lambda: None)
+
+    worker = Worker("closing", lambda: None, lambda: False)
+    assert worker.submit("a", step, overlaps=True).result(10)
+    worker.close()
+    assert "closing reader" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_only_so_many_steps_are_unread(device):
     names = [str(i) for i in range(MOST_UNREAD + 2)]
     futures = [device.submit(name) for name in names]

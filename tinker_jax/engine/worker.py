@@ -210,6 +210,7 @@ class Worker:
             self._reader.start()
             self._serve()
             self._read_the_rest()
+            self._reader.join()  # a thread that still frees arrays when the interpreter ends takes the process down
             self._stop()
 
     def _fail(self, failure: BaseException) -> None:
