@@ -123,7 +123,10 @@ def plan(
     """
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
     free = max(0, memory - base_bytes(cfg, itemsize) // (fsdp * tensor))
-    fits = {remat: free // 2 // activation_bytes(cfg, itemsize, remat, tensor) for remat in POLICIES}
     most = _MOST_TOKENS_CPU if platform == "cpu" else _MOST_TOKENS
-    remat = next((remat for remat in POLICIES if fits[remat] >= _LEAST_TOKENS), POLICIES[-1])
-    return Plan(token_budget=min(max(fits[remat], 1), most) * data * fsdp, remat=remat, kv_bytes=free // 5)
+    tokens, remat = 0, POLICIES[-1]
+    for remat in POLICIES:
+        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
+        if tokens >= _LEAST_TOKENS:
+            break
+    return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=free // 5)

@@ -49,7 +49,8 @@ def blockwise_attention(
         segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)), constant_values=-1)
     first_BT, last_BT = _seen(segment_ids_BT, window)
     static = (C, rows_at_once or q_BTNH.shape[0], scale)
-    return _attention(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT)[:, :T]
+    out_BTNH: Any = _attention(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT)
+    return out_BTNH[:, :T]
 
 
 def _seen(segment_ids_BT: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
