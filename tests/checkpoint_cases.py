@@ -95,7 +95,8 @@ def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndar
         segments = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
         h, _ = Decoder(cfg, params).forward(tokens, positions, segments, factors)
         logits = h @ unembedding(cfg, params).T
-        return logits + lora.apply(h, factors["lm_head"]) if "lm_head" in factors else logits
+        (update,) = lora.updates(h, [factors.get("lm_head")])
+        return logits if update is None else logits + update
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(run(params, factors, jnp.asarray(tokens))).reshape(B, T, -1)

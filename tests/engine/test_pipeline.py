@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(engine, monkeypa
     np.testing.assert_allclose(adapter(engine, "tried"), adapter(engine, "calm"), atol=1e-5)
     (warning,) = (record.getMessage() for record in caplog.records)
     assert warning == (
-        "out of memory on 1 x 2048 tokens: micro-batches of 8192 tokens, remat none, become 1024 tokens, remat none"
+        "out of memory on 1 x 2048 tokens: micro-batches of 2048 tokens, remat none, become 1024 tokens, remat none"
     )
 
 
