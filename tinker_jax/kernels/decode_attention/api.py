@@ -1,0 +1,176 @@
+"""Attention over keys and values kept in pages: one interface, several implementations."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinker_jax import sharding
+from tinker_jax.kernels.decode_attention.pages import Pages, empty_pages, write_pages
+from tinker_jax.kernels.decode_attention.reference import reference_attend
+from tinker_jax.kernels.decode_attention.xla import xla_attend
+
+logger = logging.getLogger("tinker_jax")
+
+Implementation = Literal["xla", "reference"]
+
+#: What is tried on a platform, best first. The last one takes every case.
+PREFERENCE: dict[str, tuple[Implementation, ...]] = {"tpu": ("xla",), "gpu": ("xla",), "cpu": ("xla",)}
+
+Heads = tuple[int, int, int]
+"""N, K and H: query heads, key heads (N is a multiple), their width."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation as one device runs it: pure functions with the arguments of the methods of `PagedAttention`."""
+
+    empty: Callable[[int, int], Any]
+    """(pages, key heads) → zeroed pool"""
+    write: Callable[..., Any]
+    attend: Callable[..., jax.Array]
+    """sinks_N is its fifth positional argument."""
+    heads_axis: int
+    """Axis of every array of the pool that holds the key heads."""
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """Attention over pages for programs of one mesh.
+
+    A pool holds the keys and values of one layer in pages of `PAGE` tokens: a pytree whose arrays have the page as their first
+    axis and are otherwise the implementation's own business. A row's table names its pages in the order of their positions.
+    Page 0 belongs to no row: padding is written there, and what it holds is never seen.
+
+    On a mesh of several devices rows are cut over `data` and `fsdp`, and key heads over `tensor` where it divides them. Every
+    part of the rows has a pool of its own, and tables name pages of the part that owns the row.
+
+    Get one from `paged_attention_on`.
+    """
+
+    mesh: Mesh
+    backend: Backend
+    K: int
+
+    def empty(self, pages: int) -> Any:
+        """Zeroed pool.
+
+        Args:
+            pages: of each part of the rows, page 0 among them: arrays hold `pages · parts(mesh, "rows")` along their first axis.
+        """
+        pool = jax.eval_shape(lambda: self.backend.empty(pages * sharding.parts(self.mesh, "rows"), self.K))
+        where = NamedSharding(self.mesh, self._pool_spec())
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=where), pool)
+
+    def write(self, pages: Any, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Any:
+        """The pool with the keys and values of new tokens in it; updated in place where it is donated.
+
+        Args:
+            pages: pool.
+            k_RTKH: keys of T tokens of each row, in the pool's dtype.
+            v_RTKH: values.
+            tables_RW: int32, the pages of each row; what stands beyond its last position is not looked at.
+            positions_RT: int32 position of each token in its row. A row's tokens stand first, at consecutive positions; padding
+                follows and is negative.
+        """
+        rows = P(sharding.RULES["rows"])
+        new = P(sharding.RULES["rows"], None, self._heads())
+        write = self._on_each_device(self.backend.write, (self._pool_spec(), new, new, rows, rows), self._pool_spec())
+        return write(pages, k_RTKH, v_RTKH, tables_RW, positions_RT)
+
+    def attend(
+        self,
+        pages: Any,
+        q_RTNH: jax.Array,
+        tables_RW: jax.Array,
+        positions_RT: jax.Array,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks_N: jax.Array | None = None,
+    ) -> jax.Array:
+        """softmax(scale · q kᵀ) v, where a query at position p sees its row's keys at positions up to p, its own among them.
+
+        Args:
+            pages: pool into which the tokens of the queries are already written.
+            q_RTNH: queries; query head n reads key head n // (N / K).
+            tables_RW: as in `write`.
+            positions_RT: as in `write`.
+            scale: factor of the scores, usually H ** -0.5.
+            window: a query at position p sees positions p - window + 1 to p alone; None: everything before it.
+            sinks_N: one logit a query head, which takes its share of the softmax and has no value (gpt-oss). It is not
+                multiplied by `scale`.
+
+        Returns:
+            [R, T, N, H] in q's dtype, zero for padding; scores and softmax are computed in float32.
+
+        Raises:
+            NotImplementedError: an implementation that was asked for by name cannot do the case; the text says why.
+        """
+        attend = functools.partial(self.backend.attend, scale=scale, window=window)
+        rows, heads = P(sharding.RULES["rows"]), self._heads()
+        cut = P(sharding.RULES["rows"], None, heads)
+        attend = self._on_each_device(attend, (self._pool_spec(), cut, rows, rows, P(heads)), cut)
+        return attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N)
+
+    def _heads(self) -> Any:
+        return sharding.RULES["kv_heads"] if self.K % sharding.parts(self.mesh, "kv_heads") == 0 else None
+
+    def _pool_spec(self) -> P:
+        return P(sharding.RULES["rows"], *[None] * (self.backend.heads_axis - 1), self._heads())
+
+    def _on_each_device(self, run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """Tables name pages of a device's own part of the pool, which GSPMD cannot know."""
+        if self.mesh.size == 1:
+            return run
+        return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def paged_attention_on(
+    mesh: Mesh, heads: Heads, dtype: jnp.dtype, implementation: Implementation | None = None
+) -> PagedAttention:
+    """Attention over pages for programs of a mesh.
+
+    Args:
+        mesh: devices, there or only compiled for.
+        heads: N, K and H of the model.
+        dtype: of queries, keys and values.
+        implementation: None takes the first of `PREFERENCE` for the platform that can do the case, and logs once why another
+            was passed over.
+            `"reference"` is the plain formula.
+            `"xla"` loops over blocks of positions as far as the longest row reaches.
+
+    Raises:
+        NotImplementedError: the named implementation cannot do the case; the text says why.
+    """
+    platform = mesh.devices.flat[0].platform
+    *others, last = PREFERENCE[platform] if implementation is None else (implementation,)
+    for name in others:
+        try:
+            return PagedAttention(mesh, _backend(name, platform, heads, dtype), heads[1])
+        except NotImplementedError as reason:
+            _log_fallback(name, str(reason))
+    return PagedAttention(mesh, _backend(last, platform, heads, dtype), heads[1])
+
+
+@functools.cache  # once for each reason
+def _log_fallback(name: str, reason: str) -> None:
+    logger.warning("attention over pages: %s is not used: %s", name, reason)
+
+
+def _backend(name: Implementation, platform: str, heads: Heads, dtype: jnp.dtype) -> Backend:
+    def empty(pages: int, K: int) -> Pages:
+        return empty_pages(pages, K, heads[2], dtype)
+
+    if name == "xla":
+        block, rows = (128, 16) if platform == "cpu" else (512, None)
+        return Backend(empty, write_pages, functools.partial(xla_attend, block=block, rows_at_once=rows), heads_axis=1)
+    return Backend(empty, write_pages, reference_attend, heads_axis=1)
