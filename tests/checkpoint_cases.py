@@ -93,7 +93,7 @@ def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndar
     def run(params, factors, tokens):
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         segments = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
-        h, _ = Decoder(cfg, params).forward(tokens, positions, segments, factors)
+        h = Decoder(cfg, params).forward(tokens, positions, segments, factors)
         logits = h @ unembedding(cfg, params).T
         (update,) = lora.updates(h, [factors.get("lm_head")])
         return logits if update is None else logits + update

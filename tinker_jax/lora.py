@@ -68,18 +68,19 @@ def pad(tree: Adapter) -> Adapter:
         widths = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
         return jnp.pad(x, widths) if missing else x
 
-    return _on_rank_axes(grow, tree)
+    return on_rank_axes(grow, tree)
 
 
 def trim(tree: Adapter, rank: int) -> Adapter:
     """What `pad` made of a tree of this rank, back as it was."""
-    return _on_rank_axes(lambda x, axis: x if x.shape[axis] == rank else jax.lax.slice_in_dim(x, 0, rank, axis=axis), tree)
+    return on_rank_axes(lambda x, axis: x if x.shape[axis] == rank else jax.lax.slice_in_dim(x, 0, rank, axis=axis), tree)
 
 
-def _on_rank_axes(change: Callable[[jax.Array, int], jax.Array], tree: Mapping[str, Any]) -> Adapter:
+def on_rank_axes(change: Callable[[jax.Array, int], jax.Array], tree: Mapping[str, Any]) -> Adapter:
+    """Maps every factor: `change` gets it and which of its axes has the rank's length."""
     if "a" in tree:
         return {"a": change(tree["a"], -1), "b": change(tree["b"], -2)}
-    return {name: _on_rank_axes(change, node) if isinstance(node, Mapping) else node for name, node in tree.items()}
+    return {name: on_rank_axes(change, node) if isinstance(node, Mapping) else node for name, node in tree.items()}
 
 
 def _build(targets: Sequence[Target], groups: Sequence[str], make: Callable[[Target, str], Any]) -> Adapter:
@@ -139,7 +140,9 @@ def scaled(adapter: Adapter, factor: jax.Array | float) -> Adapter:
     return fold(adapter)
 
 
-def updates(x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None]) -> list[jax.Array | None]:
+def updates(
+    x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None], lanes_MR: jax.Array | None = None
+) -> list[jax.Array | None]:
     """The low-rank updates `(x a) b` of linears that read the same tokens x [M, D_in], in x's dtype.
 
     The narrow products with every `a` are made as one, forward and backward.
@@ -147,6 +150,7 @@ def updates(x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None])
     Args:
         x_MD: the linears' input.
         adapters: `{"a": [D_in, R], "b": [R, D_out]}` of each, scaled already, or None for one that has none.
+        lanes_MR: bool, which part of the rank axis each token's own adapter takes; None: all of it.
 
     Returns:
         [M, D_out] of each, or None.
@@ -156,6 +160,8 @@ def updates(x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None])
         return [None] * len(adapters)
     a = jnp.concatenate([x["a"] for x in given], axis=-1).astype(x_MD.dtype)
     z = checkpoint_name(x_MD @ a, PRODUCTS)
+    if lanes_MR is not None:
+        z = jnp.where(jnp.tile(lanes_MR, len(given)), z, 0)
     ends = np.cumsum([x["a"].shape[-1] for x in given])[:-1]
     parts = iter(jnp.split(z, ends, axis=-1))
     return [None if x is None else next(parts) @ x["b"].astype(x_MD.dtype) for x in adapters]

@@ -50,7 +50,7 @@ def sampler():
 @pytest.fixture(autouse=True)
 def idle(sampler):
     yield
-    assert sampler.live_slots == sampler.waiting == 0
+    assert sampler.live_rows == sampler.waiting == 0
 
 
 @cache
@@ -538,11 +538,11 @@ def test_cancelling_frees_slots_at_the_next_step(sampler):
     stays = submit(sampler, ask(prompt(5), max_tokens=60, stop=[]))
     goes = submit(sampler, ask(prompt(6), 3, max_tokens=140, stop=[]))
     sampler.step()
-    assert sampler.live_slots == 4
+    assert sampler.live_rows == 4
     never = submit(sampler, ask(prompt(7), 300, max_tokens=60))
     assert goes.cancel() and never.cancel()
     sampler.step()
-    assert sampler.live_slots == 1 and sampler.waiting == 0
+    assert sampler.live_rows == 1 and sampler.waiting == 0
     finish(sampler, stays)
 
 
@@ -584,7 +584,7 @@ def test_random_cancellation_leaks_no_slot_and_disturbs_no_neighbour(seed):
                 assert [s.tokens for s in future.result().sequences] == whole[weights, length][:samples]
     finish(busy)
     assert all(future.done() for future, *_ in open_jobs)
-    assert busy.live_slots == busy.waiting == 0 and busy._batch._cache is None
+    assert busy.live_rows == busy.waiting == 0 and busy._batch._cache is None
     assert finished > 15 and cancelled > 10
 
 

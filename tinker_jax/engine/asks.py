@@ -62,6 +62,14 @@ class Ask:
         """Places a row takes in the cache: the last token drawn is never fed back."""
         return len(self.prompt) + self.max_tokens - 1
 
+    @property
+    def read_from(self) -> int:
+        """First prompt token whose hidden state is asked for; P - 1, which is never prefilled, when none is."""
+        if self.targets is not None or self.alternatives:
+            return 0
+        scored = self.prompt_logprobs or self.prompt_top
+        return len(self.prompt) - 1 - min(self.last_n, len(self.prompt) - 1) * bool(scored)
+
 
 def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) -> Ask:
     """Checks a request against the model.

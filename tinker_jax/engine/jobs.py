@@ -1,4 +1,4 @@
-"""A sample request on its way: the sequences as they grow, and how its future ends."""
+"""A sample request on its way: its sequences as they grow, and how its future ends."""
 
 from __future__ import annotations
 
@@ -7,27 +7,66 @@ import uuid
 from collections.abc import Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from tinker_jax.engine.asks import Ask
+from tinker_jax.engine.scoring import PromptScores
 from tinker_jax.lora import Adapter
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 from tinker_jax.types.sampling import SampledSequence, SampleResponse, TopkLogprobs
 
 
-@dataclass
-class Sample:
-    """One sequence as it grows.
+@dataclass(eq=False)
+class Sequence:
+    """One sample as it grows.
 
     Attributes:
-        tokens: all ids so far.
+        job: the request.
+        index: number of the sample.
+        drawn: ids drawn so far.
         parts: of each chunk the log-probabilities [n], top ids [n, k] and top log-probabilities [n, k].
+        part: which part of the rows, and so which pool, it belongs to.
+        pages: that hold its keys and values, in order; empty while it has no place.
+        computed: tokens whose keys and values are there.
+        known: pages at the front whose content the pool was told.
+        parent: in a key, what stands for the last of these; the weights while there is none.
+        order: number of the sequence, by the time it first got a place.
     """
 
-    tokens: list[int] = field(default_factory=list)
+    job: Job
+    index: int
+    drawn: list[int] = field(default_factory=list)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    part: int = 0
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    known: int = 0
+    parent: Hashable = None
+    order: int = -1
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, the prompt's among them."""
+        return len(self.job.ask.prompt) + len(self.drawn)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.job.ask.max_tokens - len(self.drawn)
+
+    @property
+    def ready(self) -> bool:
+        """Only the newest token is not in the cache: it can be decoded."""
+        return bool(self.pages) and self.computed == self.length - 1
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """int32 ids from `start` to before `end`."""
+        prompt = self.job.ask.prompt
+        if end <= len(prompt):
+            return prompt[start:end]
+        drawn = np.asarray(self.drawn[max(0, start - len(prompt)) : end - len(prompt)], np.int32)
+        return np.concatenate([prompt[start:], drawn])
 
 
 @dataclass(eq=False)
@@ -39,46 +78,48 @@ class Job:
         weights: names the adapter's exact values.
         adapter: scaled, or None.
         future: cancelled by the user at any moment.
-        order: number of the request, by submission.
-        samples: sequences that got a slot.
-        done: sequences that ended, by number.
-        prompt_fields: fields of the response about the prompt.
+        sequences: samples that have begun.
+        done: those that ended, by number.
+        scores: numbers about the prompt, or None when none is asked for.
+        scored: so many of the prompt's hidden states have been read, or need not be.
+        hits: prompt tokens that the cache held when the prompt was first looked up.
     """
 
     ask: Ask
     weights: Hashable
     adapter: Adapter | None
     future: Future[SampleResponse]
-    order: int
-    samples: list[Sample] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
     done: dict[int, SampledSequence] = field(default_factory=dict)
-    prompt_fields: dict[str, Any] = field(default_factory=dict)
+    scores: PromptScores | None = None
+    scored: int = 0
+    hits: int = 0
 
     @property
     def pending(self) -> int:
-        """Samples that have no slot yet."""
-        return self.ask.num_samples - len(self.samples)
+        """Samples that have not begun."""
+        return self.ask.num_samples - len(self.sequences)
 
-    def end(self, index: int, length: int | None) -> None:
+    def end(self, sequence: Sequence, length: int | None) -> None:
         """Ends a sequence, and with the last of them the request.
 
         Args:
-            index: number of the sequence.
+            sequence: one of the request's.
             length: tokens that belong to it where a stop rule ended it; None: all, its budget is spent.
         """
-        sample, top = self.samples[index], self.ask.sample_top
-        logprobs, ids, values = (np.concatenate(parts)[:length] for parts in zip(*sample.parts, strict=True))
-        self.done[index] = SampledSequence(
+        logprobs, ids, values = (np.concatenate(parts)[:length] for parts in zip(*sequence.parts, strict=True))
+        self.done[sequence.index] = SampledSequence(
             stop_reason="length" if length is None else "stop",
             sequence_id=uuid.uuid4().hex,
-            tokens_np=np.asarray(sample.tokens[:length], np.int32),
+            tokens_np=np.asarray(sequence.drawn[:length], np.int32),
             logprobs_np=logprobs,
-            topk_logprobs_np=TopkLogprobs(ids, values) if top else None,
+            topk_logprobs_np=TopkLogprobs(ids, values) if self.ask.sample_top else None,
         )
         if len(self.done) == self.ask.num_samples:
             sequences = [self.done[i] for i in range(self.ask.num_samples)]
+            about_prompt = self.scores.fields() if self.scores else {}
             with contextlib.suppress(InvalidStateError):  # cancelled while the last chunk ran
-                self.future.set_result(SampleResponse(sequences=sequences, **self.prompt_fields))
+                self.future.set_result(SampleResponse(sequences=sequences, prompt_cache_hit_tokens=self.hits, **about_prompt))
 
     def fail(self, error: Exception) -> None:
         """Ends the request with an error; one that is not ours is wrapped and stays its cause."""

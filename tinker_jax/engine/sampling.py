@@ -1,20 +1,21 @@
 """The mathematics of drawing tokens: pure functions of logits and of the rows' settings.
 
-Letters as elsewhere: S rows of a decode batch, V vocabulary, C capacity of the cache.
+Letters as elsewhere: S rows of a decode batch, V vocabulary, W pages of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.kernels.linear_cross_entropy import head_logits
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Cache, Decoder, Params, unembedding
+from tinker_jax.models.dense import Decoder, Params, unembedding
 
 STOP_IDS = 8
 """Stop ids that the device checks for each row; a longer list is checked on the host after each chunk."""
@@ -34,6 +35,8 @@ class Rows(NamedTuple):
         seed: uint32 [S, 2], see `seed_words`.
         sample: int32 [S], number of the sample within its request.
         stop_ids: int32 [S, STOP_IDS]; -1 fills up.
+        lanes: int32 [S, 2], first lane of the row's adapter and the one after its last (`tinker_jax.engine.lanes`).
+        table: int32 [S, W], the row's pages.
     """
 
     token: Any
@@ -46,9 +49,11 @@ class Rows(NamedTuple):
     seed: Any
     sample: Any
     stop_ids: Any
+    lanes: Any
+    table: Any
 
     @classmethod
-    def empty(cls, S: int) -> Rows:
+    def empty(cls, S: int, W: int) -> Rows:
         """Dead rows, as numpy arrays."""
         i32, f32 = np.int32, np.float32
         return cls(
@@ -62,6 +67,8 @@ class Rows(NamedTuple):
             seed=np.zeros((S, 2), np.uint32),
             sample=np.zeros(S, i32),
             stop_ids=np.full((S, STOP_IDS), -1, i32),
+            lanes=np.zeros((S, 2), i32),
+            table=np.zeros((S, W), i32),
         )
 
 
@@ -176,30 +183,43 @@ def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.A
     return jnp.argmax(scores_SV, axis=-1).astype(jnp.int32), logp_SV
 
 
+def own_lanes(lanes_R2: jax.Array, adapter: Mapping[str, Any] | None) -> jax.Array | None:
+    """bool [R, rank], see `tinker_jax.lora.updates`; None without an adapter."""
+    if not adapter:
+        return None
+    rank = next(iter(jax.tree.leaves(adapter))).shape[-1]  # an `a`: they sort before any `b`
+    lane_1R = jnp.arange(rank, dtype=jnp.int32)[None]
+    return (lane_1R >= lanes_R2[:, :1]) & (lane_1R < lanes_R2[:, 1:])
+
+
 def decode_chunk(
     cfg: DecoderConfig,
     params: Params,
     adapter: Mapping[str, Any] | None,
-    cache: Cache,
+    pages: Sequence[Pages],
     rows: Rows,
     *,
+    paged: PagedAttention,
     steps: int,
     top: int,
-) -> tuple[Cache, Drawn]:
+) -> tuple[list[Pages], Drawn]:
     """Up to `steps` tokens for every live row, without leaving the device; ends early when no row is live.
 
     Args:
         cfg: shape of the model.
         params: base weights.
-        adapter: scaled adapter, or None.
-        cache: holds keys and values of each row's tokens before `rows.position`; room for `steps` more.
+        adapter: scaled adapters, side by side, or None.
+        pages: hold keys and values of each row's tokens before `rows.position`; the rows' tables have room for `steps` more.
         rows: state and settings of the rows.
+        paged: the attention over pages.
         steps: most tokens a row draws.
         top: how many of the likeliest tokens to report at each step.
     """
     decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
-    head = (adapter or {}).get("lm_head")
-    _, S, _, C, _ = cache.k.shape
+    layers, head = decoder.unstacked(adapter), (adapter or {}).get("lm_head")
+    rows = Rows(*(jnp.asarray(x) for x in rows))
+    S = rows.token.shape[0]
+    table, lanes = rows.table, own_lanes(rows.lanes, adapter)
     start = Drawn(
         count=jnp.zeros((S,), jnp.int32),
         tokens=jnp.zeros((S, steps), jnp.int32),
@@ -213,10 +233,10 @@ def decode_chunk(
         return (step < steps) & jnp.any(rows.live)
 
     def one_step(carry):
-        step, cache, rows, drawn = carry
-        # A row that ended at its last place stands one past the cache; it must not leave the array.
-        h_SD, cache = decoder.decode(rows.token, jnp.minimum(rows.position, C - 1), cache, adapter)
-        token_S, logp_SV = draw(head_logits(h_SD, kernel_VD, head), rows, rows.position + 1)
+        step, pages, rows, drawn = carry
+        position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
+        h_SD, pages = decoder.extend(rows.token[:, None], position_S1, table, pages, layers, lanes, paged=paged)
+        token_S, logp_SV = draw(head_logits(h_SD, kernel_VD, head, lanes), rows, rows.position + 1)
         drawn = drawn._replace(
             count=drawn.count + rows.live,
             tokens=drawn.tokens.at[:, step].set(token_S),
@@ -235,8 +255,7 @@ def decode_chunk(
             remaining=remaining_S,
             live=rows.live & ~stopped_S & (remaining_S > 0),
         )
-        return step + 1, cache, rows, drawn
+        return step + 1, pages, rows, drawn
 
-    rows = Rows(*(jnp.asarray(x) for x in rows))
-    _, cache, _, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), cache, rows, start))
-    return cache, drawn
+    _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), list(pages), rows, start))
+    return pages, drawn

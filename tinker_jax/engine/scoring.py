@@ -1,11 +1,11 @@
 """What a prefill reports about the prompts themselves: log-probabilities, top-k, targets, alternative draws.
 
-Everything comes from the hidden states of the prefill through the tiled head; `[tokens, vocab]` logits never exist.
+Everything comes from the hidden states of the prefill's chunks through the tiled head; `[tokens, vocab]` logits never exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinker_jax.engine.asks import MOST_PER_POSITION, Ask
+from tinker_jax.engine.lanes import describe
 from tinker_jax.engine.programs import Program
 from tinker_jax.engine.sampling import noise, tempered_logprobs
 from tinker_jax.kernels.linear_cross_entropy import default_tile, head_logits, linear_cross_entropy, linear_top_k
+from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Params, unembedding
 from tinker_jax.types.sampling import MASK_LOGPROB, PromptAltTokens, TopkLogprobs
@@ -43,14 +45,38 @@ def needs(ask: Ask, V: int) -> Needs:
     return Needs(width(columns), width(ask.prompt_top, V), width(ask.alternatives))
 
 
-def nothing_to_score(ask: Ask) -> dict[str, Any]:
-    """What `Scorer.score` gives for a prompt of one token, which has no position to score."""
-    empty = np.empty((0, MOST_PER_POSITION + 1), np.float32)
-    return _fields(ask, empty, (empty, empty), (empty, empty))
+class PromptScores:
+    """The numbers about one prompt, filled chunk by chunk. Row t speaks of prompt token t + 1."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask, n = ask, len(ask.prompt) - 1
+        K = _columns(ask).shape[1]
+        self._logprobs = np.zeros((n, K), np.float32)
+        self._top = np.zeros((n, ask.prompt_top), np.int32), np.zeros((n, ask.prompt_top), np.float32)
+        self._drawn = np.zeros((n, ask.alternatives), np.int32), np.zeros((n, ask.alternatives), np.float32)
+
+    def put(self, start: int, n: int, scored: Scored, row: int) -> None:
+        """Takes the first n positions of a row of `Scorer.score`, which begins with prompt token `start`."""
+        ours = (self._logprobs, *self._top, *self._drawn)
+        theirs = (scored.logprobs, *scored.top, *scored.drawn)
+        for target, source in zip(ours, theirs, strict=True):
+            target[start : start + n] = source[row, :n, : target.shape[1]]
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of `SampleResponse` about the prompt."""
+        return _fields(self._ask, self._logprobs, self._top, self._drawn)
+
+
+class Scored(NamedTuple):
+    """Arrays [R, T, …] of a chunk: log-probabilities of the columns asked for, top ids and values, draws and theirs."""
+
+    logprobs: np.ndarray
+    top: tuple[np.ndarray, np.ndarray]
+    drawn: tuple[np.ndarray, np.ndarray]
 
 
 class Scorer:
-    """Scores the prompts of a prefill.
+    """Scores prompts from the hidden states of a prefill.
 
     Args:
         cfg: shape of the model.
@@ -68,58 +94,52 @@ class Scorer:
         """Number of compiled programs."""
         return self._targets.count + self._top.count + self._alternatives.count
 
-    def score(
-        self, asks: Sequence[Ask], adapter: Mapping[str, Any] | None, h_BTD: jax.Array, rank: str
-    ) -> list[dict[str, Any]]:
-        """Scores the prompts of one prefill, all of the same `Needs`.
+    def score(self, asks: Sequence[tuple[Ask, int] | None], adapter: Adapter | None, h_RTD: jax.Array) -> Scored:
+        """Scores a chunk of prompts of the same `Needs` under the same adapter.
 
         Args:
-            asks: one for each of the first rows.
-            adapter: scaled adapter, or None.
-            h_BTD: hidden states; row b, column t stands for token t of prompt b and predicts token t + 1.
-            rank: names the adapter's shape in the log.
-
-        Returns:
-            For each request the fields of `SampleResponse` about the prompt.
+            asks: for each row the request and its chunk's first prompt token, or None where a row is not to be scored.
+            adapter: scaled, or None.
+            h_RTD: hidden states; column t of a row stands for prompt token start + t and predicts the one after it.
         """
-        B, T, _ = h_BTD.shape
-        need, head = needs(asks[0], self._cfg.V), (adapter or {}).get("lm_head")
-        shape = f"{B}x{T} {rank}"
-        logprobs = np.empty((B, T, 0), np.float32)
-        top = drawn = (logprobs, logprobs)
+        R, T, _ = h_RTD.shape
+        given = [(r, *item) for r, item in enumerate(asks) if item is not None]
+        need, head = needs(given[0][1], self._cfg.V), (adapter or {}).get("lm_head")
+        shape = f"{R}x{T} {describe({'lm_head': head} if head else None)}"
+        empty = np.empty((R, T, 0), np.float32)
+        logprobs, top, drawn = empty, (empty, empty), (empty, empty)
         if need.targets:
-            ids = np.zeros((B, T, need.targets), np.int32)
-            for b, ask in enumerate(asks):
-                columns = _columns(ask)
-                ids[b, : columns.shape[0], : columns.shape[1]] = np.maximum(columns, 0)
-            logprobs = self._targets(self._params, head, h_BTD, ids, shape=f"{shape} K={need.targets}")
+            ids = np.zeros((R, T, need.targets), np.int32)
+            for r, ask, start in given:
+                columns = _columns(ask)[start : start + T]
+                ids[r, : columns.shape[0], : columns.shape[1]] = np.maximum(columns, 0)
+            logprobs = self._targets(self._params, head, h_RTD, ids, shape=f"{shape} K={need.targets}")
         if need.top:
-            top = self._top(self._params, head, h_BTD, k=need.top, shape=shape)
+            top = self._top(self._params, head, h_RTD, k=need.top, shape=shape)
         if need.alternatives:
-            seed, temperature = np.zeros((B, 2), np.uint32), np.ones(B, np.float32)
-            for b, ask in enumerate(asks):
-                seed[b], temperature[b] = ask.seed, ask.temperature
-            drawn = self._alternatives(self._params, head, h_BTD, seed, temperature, k=need.alternatives, shape=shape)
-        logprobs, top, drawn = jax.device_get((logprobs, top, drawn))
-        return [_fields(ask, logprobs[b], (top[0][b], top[1][b]), (drawn[0][b], drawn[1][b])) for b, ask in enumerate(asks)]
+            seed, temperature, first = np.zeros((R, 2), np.uint32), np.ones(R, np.float32), np.zeros(R, np.int32)
+            for r, ask, start in given:
+                seed[r], temperature[r], first[r] = ask.seed, ask.temperature, start + 1
+            drawn = self._alternatives(self._params, head, h_RTD, seed, temperature, first, k=need.alternatives, shape=shape)
+        return Scored(*jax.device_get((logprobs, top, drawn)))
 
-    def _score_targets(self, params, head, h_BTD, targets_BTK):
-        B, T, K = targets_BTK.shape
-        h_MD, targets_MK = h_BTD.reshape(B * T, -1), targets_BTK.reshape(B * T, K)
+    def _score_targets(self, params, head, h_RTD, targets_RTK):
+        R, T, K = targets_RTK.shape
+        h_MD, targets_MK = h_RTD.reshape(R * T, -1), targets_RTK.reshape(R * T, K)
         out = linear_cross_entropy(h_MD, unembedding(self._cfg, params), targets_MK, lora=head)
-        return out.logprobs_MK.reshape(B, T, K)
+        return out.logprobs_MK.reshape(R, T, K)
 
-    def _score_top(self, params, head, h_BTD, *, k):
-        B, T, D = h_BTD.shape
-        logprobs, ids = linear_top_k(h_BTD.reshape(B * T, D), unembedding(self._cfg, params), k, lora=head)
-        return ids.reshape(B, T, k), logprobs.reshape(B, T, k)
+    def _score_top(self, params, head, h_RTD, *, k):
+        R, T, D = h_RTD.shape
+        logprobs, ids = linear_top_k(h_RTD.reshape(R * T, D), unembedding(self._cfg, params), k, lora=head)
+        return ids.reshape(R, T, k), logprobs.reshape(R, T, k)
 
-    def _draw(self, params, head, h_BTD, seed_B, temperature_B, *, k):
+    def _draw(self, params, head, h_RTD, seed_R, temperature_R, first_R, *, k):
         """k independent draws at the request's temperature at every position; their logprobs are at temperature 1.
 
         Draw j at position t takes the noise of sample j at t. That noise is free: samples stand behind the prompt.
         """
-        (B, T, D), V, kernel_VD = h_BTD.shape, self._cfg.V, unembedding(self._cfg, params)
+        (R, T, D), V, kernel_VD = h_RTD.shape, self._cfg.V, unembedding(self._cfg, params)
         draws_k = jnp.arange(k, dtype=jnp.int32)
 
         def one(row):
@@ -132,13 +152,13 @@ class Scorer:
             return ids_k, jax.nn.log_softmax(logits_1V[0])[ids_k]
 
         rows = (
-            h_BTD.reshape(B * T, D),
-            jnp.repeat(seed_B, T, axis=0),
-            jnp.repeat(temperature_B, T),
-            jnp.tile(jnp.arange(1, T + 1, dtype=jnp.int32), B),
+            h_RTD.reshape(R * T, D),
+            jnp.repeat(seed_R, T, axis=0),
+            jnp.repeat(temperature_R, T),
+            (first_R[:, None] + jnp.arange(T, dtype=jnp.int32)[None]).reshape(R * T),
         )
         ids, logprobs = jax.lax.map(one, rows, batch_size=max(1, default_tile(V) // (k + 2)))
-        return ids.reshape(B, T, k), logprobs.reshape(B, T, k)
+        return ids.reshape(R, T, k), logprobs.reshape(R, T, k)
 
 
 def _columns(ask: Ask) -> np.ndarray:

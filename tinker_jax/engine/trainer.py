@@ -208,8 +208,8 @@ class Trainer:
 
         def loss(adapter):
             factors = lora_lib.scaled(adapter, scale)
-            decoder = dense.Decoder(cfg, params, self._attention)
-            h_MD, _ = decoder.forward(tokens, positions, segments, factors, remat=remat)
+            decoder = dense.Decoder(cfg, params)
+            h_MD = decoder.forward(tokens, positions, segments, factors, remat=remat, attention=self._attention)
             # Gathered over `fsdp` once, or every tile would gather it again.
             kernel_VD = jax.lax.with_sharding_constraint(
                 dense.unembedding(cfg, params), sharding.named(self._mesh, ("vocab", None))

@@ -9,15 +9,15 @@ walked outside. Layers are stacked on a leading axis and scanned: compile time d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tinker_jax.kernels.attention import attention
 from tinker_jax.kernels.attention.names import RESIDUALS
+from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.layers import Linear, RMSNorm, project, rope_table, rotate
@@ -29,18 +29,8 @@ Remat = Literal["none", "attention", "full"]
 #: costs less than to write and read what they made.
 _KEPT: Mapping[Remat, tuple[str, ...]] = {"none": (PRODUCTS, RESIDUALS), "attention": (RESIDUALS,), "full": ()}
 
-#: (q [M,N,H], k [M,K,H], v [M,K,H]) → (out [M,N,H], whatever the caller wants kept of this layer)
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-
-class Cache(NamedTuple):
-    """Keys and values of past tokens, [L, S, K, C, H] each: S rows of capacity C.
-
-    Heads stand before positions, so that a decode step multiplies contiguous matrices without transposing the cache.
-    """
-
-    k: jax.Array
-    v: jax.Array
+#: (q [M,N,H], k [M,K,H], v [M,K,H]) → out [M,N,H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Block(nnx.Module):
@@ -60,23 +50,28 @@ class Block(nnx.Module):
         self.gate_proj, self.up_proj, self.down_proj = linear("gate_proj"), linear("up_proj"), linear("down_proj")
 
     def __call__(
-        self, h_MD: jax.Array, rope: tuple[jax.Array, jax.Array], lora: Mapping[str, Any], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+        self,
+        h_MD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        lora: Mapping[str, Any],
+        attend: Attend,
+        lanes_MR: jax.Array | None = None,
+    ) -> jax.Array:
         cfg, M = self.cfg, h_MD.shape[0]
 
         def linears(x_MD: jax.Array, *names: str) -> list[jax.Array]:
-            return project(x_MD, [getattr(self, name) for name in names], [lora.get(name) for name in names])
+            return project(x_MD, [getattr(self, name) for name in names], [lora.get(name) for name in names], lanes_MR)
 
         q, k, v = linears(self.attn_norm(h_MD), "q_proj", "k_proj", "v_proj")
         q_MNH, k_MKH, v_MKH = q.reshape(M, cfg.N, cfg.H), k.reshape(M, cfg.K, cfg.H), v.reshape(M, cfg.K, cfg.H)
         if self.q_norm is not None and self.k_norm is not None:
             q_MNH, k_MKH = self.q_norm(q_MNH), self.k_norm(k_MKH)
-        out_MNH, kept = attend(rotate(q_MNH, rope), rotate(k_MKH, rope), v_MKH)
+        out_MNH = attend(rotate(q_MNH, rope), rotate(k_MKH, rope), v_MKH)
         (out_MD,) = linears(out_MNH.reshape(M, cfg.N * cfg.H), "o_proj")
         h_MD = h_MD + out_MD
         gate_MF, up_MF = linears(self.mlp_norm(h_MD), "gate_proj", "up_proj")
         (down_MD,) = linears(jax.nn.silu(gate_MF) * up_MF, "down_proj")
-        return h_MD + down_MD, kept
+        return h_MD + down_MD
 
 
 class Decoder(nnx.Module):
@@ -85,11 +80,10 @@ class Decoder(nnx.Module):
     Args:
         cfg: shape of the model.
         params: flat dict of base weights, layers stacked.
-        attention: `tinker_jax.kernels.attention.attention`, bound to a mesh where there is more than one device.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Params, attention: Callable[..., jax.Array] = attention) -> None:
-        self.cfg, self.attention = cfg, attention
+    def __init__(self, cfg: DecoderConfig, params: Params) -> None:
+        self.cfg = cfg
         self.embedding_VD = nnx.Param(params["embed.embedding"])
         self.layers = Block(cfg, params)
         self.final_norm = RMSNorm(params["final_norm.scale"], cfg.norm_eps)
@@ -102,8 +96,8 @@ class Decoder(nnx.Module):
         lora: Mapping[str, Any] | None = None,
         *,
         remat: Remat = "none",
-        keep_cache: bool = False,
-    ) -> tuple[jax.Array, Cache | None]:
+        attention: Callable[..., jax.Array] = attention,
+    ) -> jax.Array:
         """Hidden states of whole, packed rows.
 
         Args:
@@ -111,76 +105,76 @@ class Decoder(nnx.Module):
             positions_BT: int32 position of each token within its own sequence.
             segment_ids_BT: int32 id of the sequence each token belongs to; padding has an id of its own.
             lora: adapter with its scale folded in (`tinker_jax.lora.scaled`), or None for the bare base model.
-            remat: `"full"` recomputes each layer in the backward pass and keeps only its input.
-            keep_cache: also return every layer's keys and values.
+            remat: what layers keep for the backward pass, see `_KEPT`.
+            attention: `tinker_jax.kernels.attention.attention`, bound to a mesh where there is more than one device.
 
         Returns:
-            Hidden states after the final norm [B·T, D], and the cache [L, B, K, T, H] or None.
+            Hidden states after the final norm [B·T, D].
         """
         cfg, (B, T) = self.cfg, tokens_BT.shape
         rope = rope_table(cfg.rope, cfg.H, positions_BT.reshape(B * T))
 
         def attend(q, k, v):
             q, k, v = (x.reshape(B, T, -1, cfg.H) for x in (q, k, v))
-            out = self.attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5)
-            return out.reshape(B * T, cfg.N, cfg.H), Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+            return attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5).reshape(B * T, cfg.N, cfg.H)
 
         def layer(h_MD, xs):
             block, factors = xs
-            return block(h_MD, rope, factors, attend)
+            return block(h_MD, rope, factors, attend), None
 
         layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*_KEPT[remat]))
         h_MD = self.embedding_VD[...][tokens_BT.reshape(B * T)]
-        h_MD, cache = jax.lax.scan(layer, h_MD, (self.layers, (lora or {}).get("layers", {})))
-        return self.final_norm(h_MD), cache
+        h_MD, _ = jax.lax.scan(layer, h_MD, (self.layers, (lora or {}).get("layers", {})))
+        return self.final_norm(h_MD)
 
-    def decode(
-        self, tokens_S: jax.Array, positions_S: jax.Array, cache: Cache, lora: Mapping[str, Any] | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """One token for each row of a cache: writes its key and value at `positions_S`, attends to all up to there.
+    def unstacked(self, lora: Mapping[str, Any] | None = None) -> list[tuple[Block, Mapping[str, Any]]]:
+        """Each layer's own weights and factors, for `extend`. Cut once, outside of a loop over decode steps."""
+        stacked = (self.layers, (lora or {}).get("layers", {}))
+        return [jax.tree.map(lambda x, at=at: x[at], stacked) for at in range(self.cfg.L)]
+
+    def extend(
+        self,
+        tokens_RT: jax.Array,
+        positions_RT: jax.Array,
+        tables_RW: jax.Array,
+        pages: Sequence[Pages],
+        layers: Sequence[tuple[Block, Mapping[str, Any]]],
+        lanes_MR: jax.Array | None = None,
+        *,
+        paged: PagedAttention,
+    ) -> tuple[jax.Array, list[Pages]]:
+        """T more tokens of each of R sequences whose past lies in pages: writes their keys and values, attends to all so far.
+
+        Layers are not scanned: slices of a stacked cache would be copied at every step.
 
         Args:
-            tokens_S: int32 token ids.
-            positions_S: int32 position of each token, below the cache's capacity C.
-            cache: [L, S, K, C, H]; what lies beyond a row's position is ignored.
-            lora: as in `forward`.
+            tokens_RT: int32 token ids.
+            positions_RT: int32 position of each token in its sequence, increasing; -1 is padding.
+            tables_RW: int32 pages of each sequence, in order.
+            pages: one pool for each layer.
+            layers: what `unstacked` made.
+            lanes_MR: bool [R·T, rank], as in `tinker_jax.lora.updates`; None: every token takes the whole adapter.
+            paged: the attention over pages of this mesh.
 
         Returns:
-            Hidden states after the final norm [S, D] and the cache, updated in place when donated.
+            Hidden states after the final norm [R·T, D], and the pools, updated in place when donated.
         """
-        cfg, S = self.cfg, tokens_S.shape[0]
-        C, G = cache.k.shape[3], cfg.N // cfg.K
-        rope = rope_table(cfg.rope, cfg.H, positions_S)
-        rows = jnp.arange(S)
-        visible_SC = jnp.arange(C)[None] <= positions_S[:, None]
+        cfg, M = self.cfg, tokens_RT.size
+        rope = rope_table(cfg.rope, cfg.H, positions_RT.reshape(M))
+        h_MD = self.embedding_VD[...][tokens_RT.reshape(M)]
+        written = []
+        for (block, factors), pool in zip(layers, pages, strict=True):
 
-        def layer(carry, xs):
-            h_SD, cache = carry
-            block, factors, at = xs
+            def attend(q, k, v, pool=pool):
+                q, k, v = (x.reshape(*tokens_RT.shape, -1, cfg.H) for x in (q, k, v))
+                pool = paged.write(pool, k, v, tables_RW, positions_RT)
+                written.append(pool)
+                return paged.attend(pool, q, tables_RW, positions_RT, scale=cfg.H**-0.5).reshape(M, cfg.N, cfg.H)
 
-            def attend(q_SNH, k_SKH, v_SKH):
-                k, v = cache.k.at[at, rows, :, positions_S].set(k_SKH), cache.v.at[at, rows, :, positions_S].set(v_SKH)
-                q_SKGH = q_SNH.reshape(S, cfg.K, G, cfg.H)
-                scores = jnp.einsum("SKGH,SKCH->SKGC", q_SKGH, k[at], preferred_element_type=jnp.float32)
-                scores = jnp.where(visible_SC[:, None, None], scores * cfg.H**-0.5, -jnp.inf)
-                probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-                return jnp.einsum("SKGC,SKCH->SKGH", probs, v[at]).reshape(S, cfg.N, cfg.H), Cache(k, v)
-
-            h_SD, cache = block(h_SD, rope, factors, attend)
-            return (h_SD, cache), None
-
-        h_SD = self.embedding_VD[...][tokens_S]
-        xs = (self.layers, (lora or {}).get("layers", {}), jnp.arange(cfg.L))
-        (h_SD, cache), _ = jax.lax.scan(layer, (h_SD, cache), xs)
-        return self.final_norm(h_SD), cache
+            h_MD = block(h_MD, rope, factors, attend, lanes_MR)
+        return self.final_norm(h_MD), written
 
 
 def unembedding(cfg: DecoderConfig, params: Params) -> jax.Array:
     """The matrix [V, D] that turns hidden states into logits."""
     return params["embed.embedding" if cfg.tied else "lm_head.kernel"]
-
-
-def empty_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """A zeroed cache for `rows` sequences of at most `capacity` tokens."""
-    shape = (cfg.L, rows, cfg.K, capacity, cfg.H)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

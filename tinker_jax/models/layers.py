@@ -33,9 +33,14 @@ class Linear(nnx.Module):
         return checkpoint_name(y, lora.PRODUCTS)
 
 
-def project(x_MD: jax.Array, linears: Sequence[Linear], adapters: Sequence[Mapping[str, jax.Array] | None]) -> list[jax.Array]:
-    """Several linears of the same tokens, each with its adapter where it has one."""
-    updates = lora.updates(x_MD, adapters)
+def project(
+    x_MD: jax.Array,
+    linears: Sequence[Linear],
+    adapters: Sequence[Mapping[str, jax.Array] | None],
+    lanes_MR: jax.Array | None = None,
+) -> list[jax.Array]:
+    """Several linears of the same tokens, each with its adapter where it has one; `lanes_MR` as in `lora.updates`."""
+    updates = lora.updates(x_MD, adapters, lanes_MR)
     return [linear(x_MD, update) for linear, update in zip(linears, updates, strict=True)]
 
 

@@ -1,0 +1,153 @@
+"""Adapters side by side: rows of one decode batch, each under its own adapter or none.
+
+Adapters are laid next to each other along the rank axis. A row reads and writes the lanes of its own adapter alone; every other
+lane is masked between the two factors, so that a linear of any number of adapters stays two plain products.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinker_jax import lora
+from tinker_jax.engine.programs import Program
+from tinker_jax.lora import Adapter
+
+MOST_LANES = 512
+"""Summed ranks of the adapters in one batch; whoever finds no room waits. One adapter of any rank fits."""
+
+
+class Lanes:
+    """The adapters at work, by the name of their weights."""
+
+    def __init__(self) -> None:
+        self._users: collections.Counter[Hashable] = collections.Counter()
+        self._adapters: dict[Hashable, Adapter] = {}
+        self._spans: dict[Hashable, tuple[int, int]] = {}  # of what is in the tree
+        self._tree: Adapter | None = None
+        self._put = Program(_put, "adapter lanes", donate=[0])
+        self._finite = Program(_finite, "adapter check")
+
+    @property
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return self._put.count + self._finite.count
+
+    @property
+    def names(self) -> set[Hashable]:
+        """Weights that some row uses, those of the bare base model included."""
+        return set(self._users)
+
+    def fits(self, weights: Hashable, adapter: Adapter | None) -> bool:
+        """Is there room for a row of these weights?"""
+        if adapter is None or weights in self._adapters or not self._adapters:
+            return True
+        return sum(map(_rank, self._adapters.values())) + _rank(adapter) <= MOST_LANES
+
+    def finite(self, adapter: Adapter) -> bool:
+        """Are all of an adapter's numbers finite? One that is not would reach its neighbours' rows: 0 · nan is nan."""
+        return bool(self._finite(adapter, shape=describe(adapter)))
+
+    def join(self, weights: Hashable, adapter: Adapter | None) -> None:
+        """One more row of these weights."""
+        self._users[weights] += 1
+        if adapter is not None:
+            self._adapters.setdefault(weights, adapter)
+
+    def leave(self, weights: Hashable) -> None:
+        """One row less."""
+        self._users[weights] -= 1
+        if not self._users[weights]:
+            del self._users[weights]
+            self._adapters.pop(weights, None)
+            if not self._adapters:
+                self._tree, self._spans = None, {}
+
+    def replace(self, weights: Hashable, adapter: Adapter) -> None:
+        """New values under an old name; rows that are under way go on with them."""
+        if weights in self._adapters:
+            self._adapters[weights] = adapter
+            self._spans.pop(weights, None)
+
+    def span(self, weights: Hashable) -> tuple[int, int]:
+        """First lane of these weights, and the one after their last, in `tree`; (0, 0) for the base model."""
+        return self._spans.get(weights, (0, 0))
+
+    def tree(self) -> Adapter | None:
+        """The adapters as one, as wide as the power of two that holds their ranks; None when every row is of the base model."""
+        width = lora.bucket(sum(map(_rank, self._adapters.values())))
+        stale = not self._spans.keys() >= self._adapters.keys()
+        if self._adapters and (stale or self._tree is None or _rank(self._tree) > 2 * width):
+            self._build(width)
+        return self._tree
+
+    def _build(self, width: int) -> None:
+        self._spans, at = {}, 0
+        for weights, adapter in self._adapters.items():
+            self._spans[weights] = (at, at + _rank(adapter))
+            at += _rank(adapter)
+        adapters = list(self._adapters.values())
+        if len(adapters) == 1 and _rank(adapters[0]) == width:
+            self._tree = adapters[0]
+            return
+        self._tree = _wide(adapters, width)
+        for weights, adapter in self._adapters.items():
+            at, _ = self._spans[weights]
+            shape = f"{describe(adapter)} into {describe(self._tree)}"
+            self._tree = self._put(self._tree, adapter, np.int32(at), shape=shape)
+
+
+def describe(adapter: Adapter | None) -> str:
+    """Names an adapter's shape: adapters of equal names share programs."""
+    if not adapter:
+        return "base"
+    modules = {**adapter.get("layers", {}), **({"lm_head": adapter["lm_head"]} if "lm_head" in adapter else {})}
+    return f"rank {_rank(adapter)} on {'+'.join(sorted(modules))}"
+
+
+def _rank(adapter: Mapping[str, Any]) -> int:
+    return next(leaf for leaf in _factors(adapter)).shape[-1]
+
+
+def _factors(node: Mapping[str, Any]):
+    if "a" in node:
+        yield node["a"]
+    else:
+        for child in node.values():
+            yield from _factors(child)
+
+
+def _wide(adapters: list[Adapter], width: int) -> Adapter:
+    """Zeros for every module that one of them has."""
+
+    def grow(x: jax.Array, axis: int) -> jax.Array:
+        shape = list(x.shape)
+        shape[axis] = width
+        return jnp.zeros(shape, x.dtype, device=x.sharding)
+
+    wide: Adapter = {}
+    for adapter in adapters:
+        for name, node in lora.on_rank_axes(grow, adapter).items():
+            wide[name] = node if name == "lm_head" else {**node, **wide.get(name, {})}
+    return wide
+
+
+def _put(wide: Adapter, adapter: Adapter, at: jax.Array) -> Adapter:
+    def into(target: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+        if "a" in target:
+            return {
+                "a": jax.lax.dynamic_update_slice_in_dim(target["a"], source["a"], at, axis=-1),
+                "b": jax.lax.dynamic_update_slice_in_dim(target["b"], source["b"], at, axis=-2),
+            }
+        return {name: into(node, source[name]) if name in source else node for name, node in target.items()}
+
+    return into(wide, adapter)
+
+
+def _finite(adapter: Adapter) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(adapter)]))
