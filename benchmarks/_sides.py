@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -61,6 +62,24 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def resident_bytes() -> int:
+    """Resident set of this process."""
+    gc.collect()
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Largest resident set of this process during a call."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here: proc(5)
+    run()
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 # ---- sides ----
 
 
@@ -96,12 +115,36 @@ def torch_backward(model: Any, rows: Sequence[Sequence[int]], device: str = "cpu
     F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum").backward()
 
 
-def our_side(directory: str) -> Any:
+def torch_generate(
+    model: Any, rows: Sequence[Sequence[int]], new: int, device: str = "cpu", samples: int = 1, **options: Any
+) -> None:
+    """Draws `new` tokens at temperature 1 for `samples` continuations of every row; shorter rows are padded on the left."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (longest - len(row)), *row] for row in rows], device=device)
+    mask = torch.tensor([[*[0] * (longest - len(row)), *[1] * len(row)] for row in rows], device=device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new,
+        num_return_sequences=samples,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=0,
+        **options,
+    )
+    assert out.shape == (samples * len(rows), longest + new), out.shape
+
+
+def our_side(directory: str, seed: int = 0) -> Any:
     """A training client with the same adapter."""
     import tinker_jax as tinker
 
     service = tinker.ServiceClient()
-    return service.create_lora_training_client(base_model=directory, rank=RANK, seed=0, train_unembed=False).result()
+    return service.create_lora_training_client(base_model=directory, rank=RANK, seed=seed, train_unembed=False).result()
 
 
 def datums(rows: Sequence[Sequence[int]]) -> list[Any]:

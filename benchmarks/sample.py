@@ -1,99 +1,402 @@
-"""Sampling speed side by side with PyTorch + transformers + PEFT, on the same CPU in one run.
+"""Sampling speed and memory side by side with transformers' `generate` and PEFT, on the same CPU in one run.
 
-16 prompts of 64 tokens, 128 new tokens each at temperature 1 from the random Qwen3 of `_sides.write_model`, adapter unmerged,
-prefill included. The two sides run in turns, each in a process of its own (torch's threads spin and would starve the other),
-and the medians of all turns are compared. First calls, which compile, are reported apart.
+The random Qwen3 of `_sides.write_model` in float32, unmerged LoRA adapters of rank 32 on the seven projections, temperature 1, no
+stops, prefill included:
 
-    python benchmarks/sample.py [--turns 3] [--json out.json]
+    uniform   16 prompts of 64 tokens, 128 new tokens each
+    mixed     64 requests, prompts of 16–512 and outputs of 16–256 tokens, all different
+    group     8 prompts of 256 tokens, 16 samples of 128 tokens each
+    adapters  64 requests of `uniform`'s shape, which 4 adapters take in turns
+
+Tokens/s counts the new tokens asked for. Every run has prompts of its own, so that none is in a prefix cache. Ours gets all
+requests of a case at once. `generate` gets batches, padded on the left, and computes every row until the longest output of the
+batch is there, whatever its stopping criteria say of the others. It does so in the fastest of a case's ways, found in a process
+of its own: prompts of a batch, and order of the requests (to sort by output length is a favour, no server knows it beforehand).
+A batch of several adapters goes through PEFT's `adapter_names`, one of a single adapter through `set_adapter`.
+
+The latency of a first token is that of a one-token request beside the case's load, as the API does not stream. 20 of them, with
+prompts of the case's lengths, are spread evenly over the time that the load takes alone. `group` also draws single samples of the
+prompts that a group had just before, which a prefix cache then holds: as many rows without the prefill.
+
+The sides run in turns, each in a process of its own (torch's threads spin and would starve the other), and the medians of all
+turns are compared. Each turn starts with an empty compilation cache. Peak memory is what the second run of a case adds at most to
+the resident set of a process that has loaded the model; programs come from the cache.
+
+    python benchmarks/sample.py [--cases uniform,mixed] [--turns 3] [--json out.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import logging
 import statistics
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import _sides
+import numpy as np
 
-PROMPTS, PROMPT, NEW = 16, 64, 128
-
-
-def run_torch(directory: str) -> dict[str, object]:
-    import torch
-
-    model = _sides.torch_side(directory)[0].eval()
-    prompts = torch.tensor(_sides.sequences(2, [PROMPT] * PROMPTS))
-
-    def sample() -> None:
-        with torch.no_grad():
-            model.generate(
-                input_ids=prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=0,
-            )
-
-    first, rates = _sides.measure(sample, PROMPTS * NEW, 3)
-    return {"first_s": first, "rates": rates}
+PROBES = 20
 
 
-def run_ours(directory: str) -> dict[str, object]:
+class Way(NamedTuple):
+    """How `generate` takes requests: so many at a time, in an order of `ORDERS`."""
+
+    batch: int
+    order: str = "as given"
+
+    def __str__(self) -> str:
+        return f"{self.batch} {self.order}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests: lengths of their prompts and outputs, samples of each, adapters that take turns; timed runs a process."""
+
+    prompts: tuple[int, ...]
+    new: tuple[int, ...]
+    ways: tuple[Way, ...]
+    samples: int = 1
+    adapters: int = 1
+    repeats: int = 3
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all requests."""
+        return self.samples * sum(self.new)
+
+
+ORDERS: dict[str, Callable[[Case, int], int]] = {
+    "as given": lambda case, i: i,
+    "by prompt": lambda case, i: case.prompts[i],
+    "by output": lambda case, i: case.new[i],
+    "by adapter": lambda case, i: i % case.adapters,
+}
+
+
+def spread(seed: int, count: int, shortest: int, longest: int) -> tuple[int, ...]:
+    """`count` different lengths, evenly spread, in random order."""
+    lengths = np.linspace(shortest, longest, count).round().astype(int)
+    return tuple(np.random.default_rng(seed).permutation(lengths).tolist())
+
+
+CASES = {
+    "uniform": Case((64,) * 16, (128,) * 16, (Way(16),)),
+    "mixed": Case(
+        spread(0, 64, 16, 512),
+        spread(1, 64, 16, 256),
+        (Way(64), *itertools.starmap(Way, itertools.product((16, 32), ("as given", "by prompt", "by output")))),
+    ),
+    "group": Case((256,) * 8, (128,) * 8, (Way(8), Way(4), Way(2), Way(1)), samples=16),
+    "adapters": Case((64,) * 64, (128,) * 64, (Way(64), Way(16, "by adapter")), adapters=4),
+}
+
+
+def quick(case: Case) -> Case:
+    """The case at toy size, to see that it runs."""
+    shorter = lambda lengths: tuple(-(-n // 32) for n in lengths)  # noqa: E731
+    return replace(
+        case, prompts=shorter(case.prompts), new=shorter(case.new), samples=min(case.samples, 2), ways=case.ways[:2], repeats=1
+    )
+
+
+def prompts(case: Case, run: int) -> list[list[int]]:
+    """The case's prompts, other ones in every run."""
+    return _sides.sequences(run, case.prompts)
+
+
+# ---- in the child ----
+
+Sample = Callable[[Sequence[Sequence[int]]], object]
+
+
+def torch_sampler(directory: str, case: Case, way: Way) -> Sample:
+    """What draws the case's samples of given prompts."""
+    model = _sides.torch_side(directory)[0]
+    names = [*model.peft_config, *(f"adapter{n}" for n in range(1, case.adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, model.peft_config[names[0]])
+    model.eval()
+    order = sorted(range(len(case.prompts)), key=partial(ORDERS[way.order], case))
+    batches = [order[at : at + way.batch] for at in range(0, len(order), way.batch)]
+
+    def sample(rows: Sequence[Sequence[int]]) -> None:
+        for batch in batches:
+            adapters, options = [names[i % case.adapters] for i in batch], {}
+            if len(set(adapters)) == 1:
+                model.set_adapter(adapters[0])
+            else:
+                options["adapter_names"] = adapters
+            new = max(case.new[i] for i in batch)
+            _sides.torch_generate(model, [rows[i] for i in batch], new, samples=case.samples, **options)
+
+    return sample
+
+
+def our_clients(directory: str, case: Case) -> list[Any]:
+    """A sampling client of each adapter."""
+    trained = [_sides.our_side(directory, seed) for seed in range(case.adapters)]
+    return [client.save_weights_and_get_sampling_client().result() for client in trained]
+
+
+def ask(client: Any, row: Sequence[int], new: int, samples: int = 1) -> Any:
+    """The future of one request."""
     import tinker_jax as tinker
 
-    client = _sides.our_side(directory)
-    sampler = client.save_weights_and_get_sampling_client().result()
-    prompts = [tinker.ModelInput.from_ints(row) for row in _sides.sequences(2, [PROMPT] * PROMPTS)]
-    params = tinker.SamplingParams(max_tokens=NEW, temperature=1.0, stop=[])
-
-    def sample() -> None:
-        for future in [sampler.sample(prompt, num_samples=1, sampling_params=params) for prompt in prompts]:
-            future.result()
-
-    first, rates = _sides.measure(sample, PROMPTS * NEW, 3)
-    return {"first_s": first, "rates": rates}
+    params = tinker.SamplingParams(max_tokens=new, temperature=1.0, stop=[])
+    return client.sample(tinker.ModelInput.from_ints(row), num_samples=samples, sampling_params=params)
 
 
-SIDES = {"torch": run_torch, "tinker_jax": run_ours}
+def ask_all(clients: Sequence[Any], case: Case, rows: Sequence[Sequence[int]]) -> list[Any]:
+    """The futures of a case's requests."""
+    turns = zip(itertools.cycle(clients), rows, case.new, strict=False)
+    return [ask(client, row, new, case.samples) for client, row, new in turns]
 
 
-def main() -> None:
+def our_sampler(clients: Sequence[Any], case: Case) -> Sample:
+    """What draws the case's samples of given prompts."""
+
+    def sample(rows: Sequence[Sequence[int]]) -> None:
+        responses = [future.result() for future in ask_all(clients, case, rows)]
+        assert sum(len(sequence.tokens) for response in responses for sequence in response.sequences) == case.tokens
+
+    return sample
+
+
+def measured(sample: Sample, case: Case, runs: itertools.count) -> dict[str, Any]:
+    """Seconds of the first run, and tokens/s of later ones, after one more that is not timed."""
+
+    def run() -> float:
+        rows = prompts(case, next(runs))
+        return _sides.seconds(lambda: sample(rows))
+
+    first, _, *times = (run() for _ in range(case.repeats + 2))
+    return {"first_s": first, "rates": [case.tokens / seconds for seconds in times]}
+
+
+def torch_speed(directory: str, case: Case, way: Way) -> dict[str, Any]:
+    """`measured`."""
+    return measured(torch_sampler(directory, case, way), case, itertools.count())
+
+
+def torch_ways(directory: str, case: Case, way: Way) -> dict[str, Any]:
+    """Tokens/s of every way in the second of two runs."""
+    rates = {}
+    for way in case.ways:
+        sample = torch_sampler(directory, case, way)
+        sample(prompts(case, 0))
+        rates[str(way)] = case.tokens / _sides.seconds(partial(sample, prompts(case, 1)))
+    return rates
+
+
+def our_speed(directory: str, case: Case, way: Way) -> dict[str, Any]:
+    """`measured`, number of programs, latencies beside the load; of groups also the times of cached prompts."""
+    from tinker_jax.engine.engine import loaded_engines
+
+    clients, runs = our_clients(directory, case), itertools.count()
+    sample = our_sampler(clients, case)
+    result = measured(sample, case, runs)
+    result["programs"] = sum(engine._sampler.programs for engine in loaded_engines())
+    span = case.tokens / statistics.median(result["rates"])
+    lengths = list(itertools.islice(itertools.cycle(case.prompts), PROBES))
+    result["latencies_s"] = []
+    for repeat in range(case.repeats + 1):  # the first compiles
+        rows, probes = prompts(case, next(runs)), _sides.sequences(next(runs), lengths)
+        latencies = asyncio.run(first_tokens(clients, case, rows, probes, span))
+        result["latencies_s"] += latencies if repeat else []
+    if case.samples > 1:
+        result["cached"] = [cached(clients[0], sample, case, prompts(case, next(runs))) for _ in range(case.repeats + 1)][1:]
+    return result
+
+
+async def first_tokens(
+    clients: Sequence[Any], case: Case, rows: Sequence[Sequence[int]], probes: Sequence[Sequence[int]], span: float
+) -> list[float]:
+    """Seconds of one-token requests, sent evenly over `span` seconds from the moment when the load was handed in."""
+
+    async def probe(n: int) -> float:
+        await asyncio.sleep(n * span / len(probes))
+        start = time.perf_counter()
+        await ask(clients[n % len(clients)], probes[n], 1)
+        return time.perf_counter() - start
+
+    load = ask_all(clients, case, rows)
+    latencies = await asyncio.gather(*(probe(n) for n in range(len(probes))))
+    for future in load:
+        await future
+    return latencies
+
+
+def cached(client: Any, sample: Sample, case: Case, rows: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Seconds of a group, then of as many single samples of the same prompts, and the share of those that came from a cache."""
+
+    def singles() -> None:
+        asked = [ask(client, row, new) for row, new in zip(rows, case.new, strict=True) for _ in range(case.samples)]
+        hits.extend(future.result().prompt_cache_hit_tokens for future in asked)
+
+    hits: list[int] = []
+    group_s, single_s = _sides.seconds(lambda: sample(rows)), _sides.seconds(singles)
+    return {"group_s": group_s, "singles_s": single_s, "hit_share": sum(hits) / (case.samples * sum(case.prompts))}
+
+
+def torch_memory(directory: str, case: Case, way: Way) -> dict[str, Any]:
+    """Bytes that a run adds at most to the resident set of a process with a loaded model."""
+    return peak(torch_sampler(directory, case, way), case)
+
+
+def our_memory(directory: str, case: Case, way: Way) -> dict[str, Any]:
+    """The same."""
+    return peak(our_sampler(our_clients(directory, case), case), case)
+
+
+def peak(sample: Sample, case: Case) -> dict[str, Any]:
+    """Bytes that the second of two runs adds at most to the resident set as it is now."""
+    before = _sides.resident_bytes()
+    sample(prompts(case, 0))
+    return {"peak_bytes": _sides.peak_bytes(partial(sample, prompts(case, 1))) - before}
+
+
+PURPOSES = {
+    ("torch", "ways"): torch_ways,
+    ("torch", "speed"): torch_speed,
+    ("tinker_jax", "speed"): our_speed,
+    ("torch", "memory"): torch_memory,
+    ("tinker_jax", "memory"): our_memory,
+}
+
+
+# ---- in the parent ----
+
+
+def run_case(name: str, case: Case, turns: int, options: list[str], directory: Path) -> dict[str, Any]:
+    """All turns of a case, and what the report says of it."""
+    ran: dict[tuple[str, str], list[dict]] = {}
+
+    def run(side: str, purpose: str, turn: int, way: Way) -> None:
+        cache = str(directory / f"cache-{name}-{turn}")
+        arguments = ["--case", name, "--side", side, "--purpose", purpose, "--way", str(case.ways.index(way))]
+        env = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "TINKER_JAX_HOME": str(directory / "home")}
+        results = _sides.child(__file__, [*arguments, "--model", str(directory / "model"), *options], env)
+        ran.setdefault((side, purpose), []).extend(results)
+        print(f"{name}: turn {turn + 1}, {side} {purpose} done", file=sys.stderr)
+
+    way, ways = case.ways[0], {}
+    if len(case.ways) > 1:
+        run("torch", "ways", 0, way)
+        [ways] = ran["torch", "ways"]
+        way = max(case.ways, key=lambda way: ways[str(way)])
+    for turn in range(turns):
+        run("torch", "speed", turn, way)
+        run("tinker_jax", "speed", turn, way)
+    run("torch", "memory", 0, way)
+    run("tinker_jax", "memory", 0, way)
+
+    def median(side: str, purpose: str, key: str) -> float:
+        return statistics.median(result[key] for result in ran[side, purpose])
+
+    sides, ours = ("torch", "tinker_jax"), ran["tinker_jax", "speed"]
+    rate = {side: statistics.median(r for result in ran[side, "speed"] for r in result["rates"]) for side in sides}
+    latencies = np.array([seconds for result in ours for seconds in result["latencies_s"]])
+    report = {
+        "tokens": case.tokens,
+        "tokens_per_s": rate,
+        "ratio": rate["tinker_jax"] / rate["torch"],
+        "torch_way": str(way),
+        "torch_ways": ways,
+        "first_token_s": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 95)},
+        "first_call_s": {side: median(side, "speed", "first_s") for side in sides},
+        "programs": int(median("tinker_jax", "speed", "programs")),
+        "peak_bytes": {side: median(side, "memory", "peak_bytes") for side in sides},
+        "all_rates": {side: [result["rates"] for result in ran[side, "speed"]] for side in sides},
+    }
+    if cached := [times for result in ours for times in result.get("cached", ())]:
+        report["cached"] = {key: statistics.median(times[key] for times in cached) for key in cached[0]}
+        report["cached"]["ratio"] = statistics.median(times["group_s"] / times["singles_s"] for times in cached)
+    return report
+
+
+HEADER = [
+    "case",
+    "torch + PEFT tokens/s",
+    "tinker_jax tokens/s",
+    "ratio",
+    "first token p50 / p95",
+    "first call torch / ours",
+    "programs",
+    "peak memory torch / ours",
+    "torch's way",
+]
+
+
+def row(name: str, result: dict[str, Any]) -> list[str]:
+    """A case's line of the table."""
+    rate, peak = result["tokens_per_s"], result["peak_bytes"]
+    return [
+        name,
+        f"{rate['torch']:,.0f}",
+        f"{rate['tinker_jax']:,.0f}",
+        f"{result['ratio']:.2f}",
+        " / ".join(f"{1e3 * seconds:.0f}" for seconds in result["first_token_s"].values()) + " ms",
+        " / ".join(f"{seconds:.1f}" for seconds in result["first_call_s"].values()) + " s",
+        str(result["programs"]),
+        f"{peak['torch'] / 2**30:.2f} / {peak['tinker_jax'] / 2**30:.2f} GiB",
+        result["torch_way"],
+    ]
+
+
+def remarks(name: str, result: dict[str, Any]) -> list[str]:
+    """What a case has to say beside its line."""
+    lines = []
+    if result["torch_ways"]:
+        rates = ", ".join(f"{way}: {rate:,.0f}" for way, rate in result["torch_ways"].items())
+        lines.append(f"{name}: torch's ways, tokens/s: {rates}")
+    if "cached" in result:
+        times = result["cached"]
+        lines.append(
+            f"{name}: {times['group_s']:.2f} s, single samples of the same prompts {times['singles_s']:.2f} s "
+            f"with {100 * times['hit_share']:.0f} % of their prompt tokens cached: ratio {times['ratio']:.2f}"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that the script runs, measures nothing")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
+    parser.add_argument("--way", type=int, help=argparse.SUPPRESS)
+    for hidden in ("--case", "--side", "--purpose", "--model"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    cases = {name: quick(case) for name, case in CASES.items()} if args.quick else CASES
+    if args.case:
         logging.disable(logging.WARNING)
-        _sides.report_result(SIDES[args.side](args.model))
-        return
+        case = cases[args.case]
+        return _sides.report_result(PURPOSES[args.side, args.purpose](args.model, case, case.ways[args.way]))
+
+    chosen = args.cases.split(",")
+    if unknown := [name for name in chosen if name not in cases]:
+        parser.error(f"unknown case {unknown[0]!r}; known are {', '.join(cases)}")
     report = _sides.environment()
-    turns: dict[str, list[dict]] = {side: [] for side in SIDES}
+    options = ["--quick"] if args.quick else []
     with tempfile.TemporaryDirectory() as directory:
         _sides.write_model(Path(directory, "model"))
-        for turn in range(args.turns):
-            for side in SIDES:
-                # Compilation is measured too, so each turn starts with an empty persistent cache.
-                env = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{directory}/cache{turn}"}
-                turns[side] += _sides.child(__file__, ["--side", side, "--model", f"{directory}/model"], env)
-    rate = {side: statistics.median(rate for turn in ran for rate in turn["rates"]) for side, ran in turns.items()}
-    first = {side: statistics.median(turn["first_s"] for turn in ran) for side, ran in turns.items()}
-    ratio = rate["tinker_jax"] / rate["torch"]
-    row = ["sample", f"{rate['torch']:.0f}", f"{rate['tinker_jax']:.0f}", f"{ratio:.2f}"]
-    row.append(f"{first['torch']:.1f} s / {first['tinker_jax']:.1f} s")
-    print(_sides.table(["work", "torch + PEFT tokens/s", "tinker_jax tokens/s", "ratio", "first call torch / ours"], [row]))
-    print(f"\n{_sides.describe(report)}")
+        results = {name: run_case(name, cases[name], args.turns, options, Path(directory)) for name in chosen}
     if args.json:
-        report["sample"] = {"tokens_per_s": rate, "ratio": ratio, "first_call_s": first}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps({**report, "turns": args.turns, "cases": results}, indent=1) + "\n")
+    print(_sides.describe(report), end="\n\n")
+    print(_sides.table(HEADER, [row(name, result) for name, result in results.items()]), end="\n\n")
+    print(*(line for name, result in results.items() for line in remarks(name, result)), sep="\n")
 
 
 if __name__ == "__main__":

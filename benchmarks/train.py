@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import logging
 import statistics
@@ -118,18 +117,8 @@ def memory(side: str, directory: str, case: Case) -> dict[str, object]:
     rows = _sides.sequences(1, [n + 1 for n in case.lengths], case.vocab)
     step = STEPS[side](directory)
     step([rows[0][: TINY_LENGTH + 1]])
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here: proc(5)
-    before = status_bytes("VmRSS")
-    step(rows)
-    step(rows)
-    return {"peak_bytes": status_bytes("VmHWM") - before}
-
-
-def status_bytes(field: str) -> int:
-    """A number of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    before = _sides.resident_bytes()
+    return {"peak_bytes": _sides.peak_bytes(lambda: (step(rows), step(rows))) - before}
 
 
 def overhead(calls: int) -> dict[str, object]:
