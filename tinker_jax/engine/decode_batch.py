@@ -1,4 +1,4 @@
-"""The sampler's side of the device: the pools of pages, and the few programs that touch them.
+"""The sampler's side of the device: the pages, and the few programs that touch them.
 
 A row is known to a program by its table of pages alone, so rows come, go and change places at no cost.
 """
@@ -39,20 +39,21 @@ class Chunk:
 
 
 class DecodeBatch:
-    """Keys and values of the sequences at work. Pools are donated to every program, never copied.
+    """Keys and values of the sequences at work. The pool is donated to every program, never copied.
 
     Args:
         cfg: shape of the model.
         params: base weights, placed on the mesh. They are arguments of every program, never constants in one.
-        mesh: its parts of the rows have a pool each; heads are cut over the tensor axis where that divides them.
+        mesh: its parts of the rows have pages of their own; heads are cut over the tensor axis where that divides them.
         dtype: of keys and values.
-        pages: of each pool, page 0 among them.
+        pages: of each layer and part of the rows, page 0 among them.
     """
 
     def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any, pages: int) -> None:
         self._cfg, self._params, self._pages_each = cfg, params, pages
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
-        self._pools: list[Pages] | None = None
+        self._unstack = mesh.devices.flat[0].platform == "cpu"
+        self._pool: Pages | None = None
         self._make = Program(self._empty, "cache")
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
         self._prefill = Program(self._forward, "prefill", donate=[2])
@@ -64,15 +65,15 @@ class DecodeBatch:
         return sum(p.count for p in (self._make, self._copy, self._prefill, self._decode))
 
     @property
-    def pools(self) -> list[Pages]:
-        """One a layer, made at their first use."""
-        if self._pools is None:
-            self._pools = self._make(shape=f"{self._pages_each} pages")
-        return self._pools
+    def _pages(self) -> Pages:
+        """Made at their first use."""
+        if self._pool is None:
+            self._pool = self._make(shape=f"{self._pages_each} pages")
+        return self._pool
 
     def release(self) -> None:
         """Gives the memory back."""
-        self._pools = None
+        self._pool = None
 
     def prefill(self, adapter: Adapter | None, chunks: Sequence[Chunk | None], T: int) -> jax.Array:
         """Writes keys and values of each row's chunk; rows of the same sequence see each other's.
@@ -89,7 +90,7 @@ class DecodeBatch:
                 tokens[r, :n], positions[r, :n] = chunk.tokens, np.arange(chunk.start, chunk.start + n)
                 tables[r], lanes[r] = chunk.table, chunk.lanes
         shape = f"{R}x{T} {describe(adapter)}"
-        h_RTD, self._pools = self._prefill(self._params, adapter, self.pools, tokens, positions, tables, lanes, shape=shape)
+        h_RTD, self._pool = self._prefill(self._params, adapter, self._pages, tokens, positions, tables, lanes, shape=shape)
         return h_RTD
 
     def draw(self, adapter: Adapter | None, rows: Rows, top: int) -> Drawn:
@@ -101,33 +102,37 @@ class DecodeBatch:
             top: how many of the likeliest tokens to report with each.
         """
         shape = f"{rows.token.size} {describe(adapter)}"
-        self._pools, drawn = self._decode(self._params, adapter, self.pools, rows, top=top, shape=shape)
+        self._pool, drawn = self._decode(self._params, adapter, self._pages, rows, top=top, shape=shape)
         return jax.device_get(drawn)
 
     def copy(self, pairs: Sequence[tuple[int, int, int]]) -> None:
-        """Copies pages: (part of the rows, from, to), none of them both read and written."""
+        """Copies pages in every layer: (part of the rows, from, to), none of them both read and written."""
+        layers = np.arange(self._cfg.L, dtype=np.int32)
         for first in range(0, len(pairs), _COPIES):
-            ids = np.zeros((2, _COPIES), np.int32)
-            for i, (part, origin, to) in enumerate(pairs[first : first + _COPIES]):
-                ids[:, i] = part * self._pages_each + np.array([origin, to])
-            self._pools = self._copy(self.pools, ids, shape="")
+            ids = np.zeros((2, self._cfg.L, _COPIES), np.int32)
+            for i, (part, *pages) in enumerate(pairs[first : first + _COPIES]):
+                ids[:, :, i] = (part * self._cfg.L + layers) * self._pages_each + np.array(pages)[:, None]
+            self._pool = self._copy(self._pages, ids.reshape(2, -1), shape="")
 
-    def _empty(self) -> list[Pages]:
-        return [self._paged.empty(self._pages_each) for _ in range(self._cfg.L)]
+    def _empty(self) -> Pages:
+        return self._paged.empty(self._pages_each * self._cfg.L)
 
-    def _forward(self, params, adapter, pools, tokens_RT, positions_RT, tables_RW, lanes_R2):
+    def _forward(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, lanes_R2):
         R, T = tokens_RT.shape
         decoder, lanes = Decoder(self._cfg, params), own_lanes(lanes_R2, adapter)
         lanes_MR = None if lanes is None else jnp.repeat(lanes, T, axis=0)
-        h_MD, pools = decoder.extend(
-            tokens_RT, positions_RT, tables_RW, pools, decoder.unstacked(adapter), lanes_MR, paged=self._paged
+        layers = decoder.unstacked(adapter) if self._unstack else None
+        h_MD, pages = decoder.extend(
+            tokens_RT, positions_RT, tables_RW, pages, adapter, lanes_MR, paged=self._paged, layers=layers
         )
-        return h_MD.reshape(R, T, -1), pools
+        return h_MD.reshape(R, T, -1), pages
 
-    def _chunk(self, params, adapter, pools, rows, *, top):
-        return decode_chunk(self._cfg, params, adapter, pools, rows, paged=self._paged, steps=STEPS, top=top)
+    def _chunk(self, params, adapter, pages, rows, *, top):
+        return decode_chunk(
+            self._cfg, params, adapter, pages, rows, paged=self._paged, unstack=self._unstack, steps=STEPS, top=top
+        )
 
 
-def _copy_pages(pools: list[Pages], ids_2N: jax.Array) -> list[Pages]:
+def _copy_pages(pages: Pages, ids_2N: jax.Array) -> Pages:
     origin, to = ids_2N
-    return jax.tree.map(lambda x: x.at[to].set(x[origin]), pools)
+    return jax.tree.map(lambda x: x.at[to].set(x[origin]), pages)

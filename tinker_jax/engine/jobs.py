@@ -78,6 +78,7 @@ class Job:
         weights: names the adapter's exact values.
         adapter: scaled, or None.
         future: cancelled by the user at any moment.
+        top: compiled width of the likeliest tokens that are reported.
         sequences: samples that have begun.
         done: those that ended, by number.
         scores: numbers about the prompt, or None when none is asked for.
@@ -89,11 +90,17 @@ class Job:
     weights: Hashable
     adapter: Adapter | None
     future: Future[SampleResponse]
+    top: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     done: dict[int, SampledSequence] = field(default_factory=dict)
     scores: PromptScores | None = None
     scored: int = 0
     hits: int = 0
+
+    @property
+    def kind(self) -> tuple[Hashable, int]:
+        """Rows of equal kinds are computed in the very same programs."""
+        return self.weights, self.top
 
     @property
     def pending(self) -> int:

@@ -21,6 +21,7 @@ from tinker_jax.sharding import MESH_AXES
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _MOST_TOKENS_CPU = 2048  # measured (docs/performance.md): more of it stays in the cache
 _LEAST_TOKENS = 2048
+_MOST_CACHED_CPU = 1 << 16  # tokens; a CPU decodes a few dozen rows at a time, and writes every page of the cache at the start
 _RANK = 32  # Tinker's default; no adapter is known when the plan is made
 
 POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
@@ -88,6 +89,12 @@ def base_bytes(cfg: DecoderConfig, itemsize: int) -> int:
     return itemsize * sum(math.prod(w.full_shape) for w in weights(cfg))
 
 
+def token_bytes(cfg: DecoderConfig, itemsize: int, tensor: int = 1) -> int:
+    """Bytes on each device of a token's keys and values; `tensor` devices share the heads where that divides them."""
+    heads = cfg.K if cfg.K % tensor else cfg.K // tensor
+    return 2 * cfg.L * heads * cfg.H * itemsize
+
+
 def activation_bytes(cfg: DecoderConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:
     """Bytes a token takes on each device: what layers keep from the forward for the backward pass, and one layer's working set.
 
@@ -129,4 +136,7 @@ def plan(
         tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
         if tokens >= _LEAST_TOKENS:
             break
-    return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=free // 5)
+    kv_bytes = free // 5
+    if platform == "cpu":
+        kv_bytes = min(kv_bytes, max(_MOST_CACHED_CPU, cfg.context_length + 1) * token_bytes(cfg, itemsize, tensor))
+    return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=kv_bytes)

@@ -5,7 +5,7 @@ Letters as elsewhere: S rows of a decode batch, V vocabulary, W pages of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -196,13 +196,14 @@ def decode_chunk(
     cfg: DecoderConfig,
     params: Params,
     adapter: Mapping[str, Any] | None,
-    pages: Sequence[Pages],
+    pages: Pages,
     rows: Rows,
     *,
     paged: PagedAttention,
+    unstack: bool,
     steps: int,
     top: int,
-) -> tuple[list[Pages], Drawn]:
+) -> tuple[Pages, Drawn]:
     """Up to `steps` tokens for every live row, without leaving the device; ends early when no row is live.
 
     Args:
@@ -212,11 +213,12 @@ def decode_chunk(
         pages: hold keys and values of each row's tokens before `rows.position`; the rows' tables have room for `steps` more.
         rows: state and settings of the rows.
         paged: the attention over pages.
+        unstack: copy each layer's weights out of the stack once, rather than at every step.
         steps: most tokens a row draws.
         top: how many of the likeliest tokens to report at each step.
     """
     decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
-    layers, head = decoder.unstacked(adapter), (adapter or {}).get("lm_head")
+    layers, head = decoder.unstacked(adapter) if unstack else None, (adapter or {}).get("lm_head")
     rows = Rows(*(jnp.asarray(x) for x in rows))
     S = rows.token.shape[0]
     table, lanes = rows.table, own_lanes(rows.lanes, adapter)
@@ -235,7 +237,8 @@ def decode_chunk(
     def one_step(carry):
         step, pages, rows, drawn = carry
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
-        h_SD, pages = decoder.extend(rows.token[:, None], position_S1, table, pages, layers, lanes, paged=paged)
+        token_S1 = rows.token[:, None]
+        h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, lanes, paged=paged, layers=layers)
         token_S, logp_SV = draw(head_logits(h_SD, kernel_VD, head, lanes), rows, rows.position + 1)
         drawn = drawn._replace(
             count=drawn.count + rows.live,
@@ -257,5 +260,5 @@ def decode_chunk(
         )
         return step + 1, pages, rows, drawn
 
-    _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), list(pages), rows, start))
+    _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), pages, rows, start))
     return pages, drawn

@@ -33,6 +33,10 @@ _KEPT: Mapping[Remat, tuple[str, ...]] = {"none": (PRODUCTS, RESIDUALS), "attent
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+Layers = Sequence[tuple["Block", Mapping[str, Any]]]
+"""Each layer's weights and its part of an adapter."""
+
+
 class Block(nnx.Module):
     """One layer: h + attention(norm(h)), then h + mlp(norm(h))."""
 
@@ -127,8 +131,8 @@ class Decoder(nnx.Module):
         h_MD, _ = jax.lax.scan(layer, h_MD, (self.layers, (lora or {}).get("layers", {})))
         return self.final_norm(h_MD)
 
-    def unstacked(self, lora: Mapping[str, Any] | None = None) -> list[tuple[Block, Mapping[str, Any]]]:
-        """Each layer's own weights and factors, for `extend`. Cut once, outside of a loop over decode steps."""
+    def unstacked(self, lora: Mapping[str, Any] | None = None) -> Layers:
+        """Each layer's own weights and factors, for `extend`: a copy of both, made once for a loop over decode steps."""
         stacked = (self.layers, (lora or {}).get("layers", {}))
         return [jax.tree.map(lambda x, at=at: x[at], stacked) for at in range(self.cfg.L)]
 
@@ -137,42 +141,57 @@ class Decoder(nnx.Module):
         tokens_RT: jax.Array,
         positions_RT: jax.Array,
         tables_RW: jax.Array,
-        pages: Sequence[Pages],
-        layers: Sequence[tuple[Block, Mapping[str, Any]]],
+        pages: Pages,
+        lora: Mapping[str, Any] | None = None,
         lanes_MR: jax.Array | None = None,
         *,
         paged: PagedAttention,
-    ) -> tuple[jax.Array, list[Pages]]:
+        layers: Layers | None = None,
+    ) -> tuple[jax.Array, Pages]:
         """T more tokens of each of R sequences whose past lies in pages: writes their keys and values, attends to all so far.
 
-        Layers are not scanned: slices of a stacked cache would be copied at every step.
+        All layers share one pool: page p of layer l is l · (pages of a layer) + p.
 
         Args:
             tokens_RT: int32 token ids.
             positions_RT: int32 position of each token in its sequence, increasing; -1 is padding.
-            tables_RW: int32 pages of each sequence, in order.
-            pages: one pool for each layer.
-            layers: what `unstacked` made.
+            tables_RW: int32 pages of each sequence, in order, as in the first layer.
+            pages: the pool.
+            lora: as in `forward`.
             lanes_MR: bool [R·T, rank], as in `tinker_jax.lora.updates`; None: every token takes the whole adapter.
             paged: the attention over pages of this mesh.
+            layers: what `unstacked` made of `lora`; None scans the stacked ones. On CPU a scan copies each layer's weights.
 
         Returns:
-            Hidden states after the final norm [R·T, D], and the pools, updated in place when donated.
+            Hidden states after the final norm [R·T, D], and the pool, updated in place when donated.
         """
         cfg, M = self.cfg, tokens_RT.size
+        each = paged.pages(pages) // cfg.L
         rope = rope_table(cfg.rope, cfg.H, positions_RT.reshape(M))
-        h_MD = self.embedding_VD[...][tokens_RT.reshape(M)]
-        written = []
-        for (block, factors), pool in zip(layers, pages, strict=True):
 
-            def attend(q, k, v, pool=pool):
+        def layer(carry, xs):
+            h_MD, pool = carry
+            (block, factors), at = xs
+            tables = tables_RW + at * each
+
+            def attend(q, k, v):
+                nonlocal pool
                 q, k, v = (x.reshape(*tokens_RT.shape, -1, cfg.H) for x in (q, k, v))
-                pool = paged.write(pool, k, v, tables_RW, positions_RT)
-                written.append(pool)
-                return paged.attend(pool, q, tables_RW, positions_RT, scale=cfg.H**-0.5).reshape(M, cfg.N, cfg.H)
+                pool = paged.write(pool, k, v, tables, positions_RT)
+                return paged.attend(pool, q, tables, positions_RT, scale=cfg.H**-0.5).reshape(M, cfg.N, cfg.H)
 
             h_MD = block(h_MD, rope, factors, attend, lanes_MR)
-        return self.final_norm(h_MD), written
+            return (h_MD, pool), None
+
+        carry = self.embedding_VD[...][tokens_RT.reshape(M)], pages
+        if layers is None:
+            stacked = (self.layers, (lora or {}).get("layers", {}))
+            carry, _ = jax.lax.scan(layer, carry, (stacked, jnp.arange(cfg.L, dtype=jnp.int32)))
+        else:
+            for at, own in enumerate(layers):
+                carry, _ = layer(carry, (own, at))
+        h_MD, pages = carry
+        return self.final_norm(h_MD), pages
 
 
 def unembedding(cfg: DecoderConfig, params: Params) -> jax.Array:

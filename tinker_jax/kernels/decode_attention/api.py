@@ -64,11 +64,16 @@ class PagedAttention:
         """Zeroed pool.
 
         Args:
-            pages: of each part of the rows, page 0 among them: arrays hold `pages · parts(mesh, "rows")` along their first axis.
+            pages: of each part of the rows, page 0 among them: arrays hold `pages · parts(mesh, "rows")` along their first
+                axis.
         """
         pool = jax.eval_shape(lambda: self.backend.empty(pages * sharding.parts(self.mesh, "rows"), self.K))
         where = NamedSharding(self.mesh, self._pool_spec())
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=where), pool)
+
+    def pages(self, pool: Any) -> int:
+        """Pages of a pool, of each part of the rows."""
+        return jax.tree.leaves(pool)[0].shape[0] // sharding.parts(self.mesh, "rows")
 
     def write(self, pages: Any, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Any:
         """The pool with the keys and values of new tokens in it; updated in place where it is donated.

@@ -1,0 +1,185 @@
+"""Who has a row of the decode batch and pages of the cache, and who gives them up.
+
+Pure bookkeeping on the host; no device is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+
+from tinker_jax.engine.decode_batch import STEPS
+from tinker_jax.engine.jobs import Job, Sequence
+from tinker_jax.engine.lanes import Lanes
+from tinker_jax.engine.pages import PagePool
+from tinker_jax.kernels.decode_attention import PAGE
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+class Seats:
+    """Sequences at work and their pages.
+
+    Args:
+        pages: that the sequences of one part of the rows may hold.
+        parts: of the rows, each with pages of its own.
+        most_rows: sequences at work in one part.
+        context: most tokens of a sequence.
+        deterministic: see `tinker_jax.engine.sampler.Sampler`.
+
+    Attributes:
+        working: sequences that hold pages.
+        paused: gave their pages up and come back; oldest first.
+        lanes: adapters of those at work.
+    """
+
+    def __init__(self, pages: int, parts: int, most_rows: int, context: int, deterministic: bool) -> None:
+        self.working: list[Sequence] = []
+        self.paused: list[Sequence] = []
+        self.lanes = Lanes()
+        self._pages, self._parts, self._most_rows = pages, parts, most_rows
+        self._most_pages, self._deterministic = pages_for(context), deterministic
+        self._pools = [PagePool(pages) for _ in range(parts)]
+        self._seated = 0  # sequences that ever got a place
+
+    @property
+    def room(self) -> int:
+        """Rows that are free."""
+        return self._most_rows * self._parts - len(self.working)
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that sequences hold."""
+        return sum(pool.held for pool in self._pools)
+
+    def by_part(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """Those of each part of the rows."""
+        return [[s for s in sequences if s.part == part] for part in range(self._parts)]
+
+    def forget(self) -> None:
+        """Nothing is known of any page any more; who was at work has to come back."""
+        for sequence in list(self.working):
+            self.pause(sequence)
+        self._pools = [PagePool(self._pages) for _ in self._pools]
+
+    def seat(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool | None:
+        """Gives a sequence its pages, those that are known already among them.
+
+        Returns:
+            True; False when a prefill under way will soon make pages that it can share; None when there is no room.
+        """
+        job, end = sequence.job, sequence.length - 1
+        if not self._may_join(job):
+            return None
+        part, shared, parent = self._choose(sequence)
+        pool, rows = self._pools[part], self._rows_of(part)
+        twin = None if sequence.drawn else next((s for s in job.sequences if s.pages and s.part == part), None)
+        if (twin and twin.computed < end) or self._coming(part, sequence, len(shared), parent):
+            return False
+        own = pages_for(job.ask.need if self._deterministic else sequence.length) - len(shared)
+        pool.hold(shared)
+        # One page for each row at work: it will want it soon.
+        if rows >= self._most_rows or pool.available < own + rows * (not self._deterministic):
+            pool.release(shared)
+            return None
+        sequence.part, sequence.pages, sequence.computed = part, [*shared, *pool.take(own)], PAGE * len(shared)
+        sequence.known, sequence.parent = len(shared), parent
+        if twin and len(shared) == end // PAGE and end % PAGE:
+            copies.append((part, twin.pages[len(shared)], sequence.pages[len(shared)]))
+            sequence.computed = end
+        if sequence.order < 0:
+            sequence.order, self._seated = self._seated, self._seated + 1
+            if not sequence.index:
+                job.hits = sequence.computed
+        self.lanes.join(job.weights, job.adapter)
+        self.working.append(sequence)
+        if sequence in self.paused:
+            self.paused.remove(sequence)
+        return True
+
+    def _may_join(self, job: Job) -> bool:
+        """Can its rows be computed beside those at work?"""
+        if self._deterministic and self.working:
+            other = self.working[0].job
+            return job.kind == other.kind
+        return self.lanes.fits(job.weights, job.adapter)
+
+    def _choose(self, sequence: Sequence) -> tuple[int, list[int], Hashable]:
+        """Part of the rows for a sequence, the pages of it that are known there, and what stands for the last of them.
+
+        Among the parts with few rows, the one that knows most.
+        """
+        rows = [self._rows_of(part) for part in range(self._parts)]
+        few = min(rows) + self._most_rows // 8
+        found = {part: self._known(part, sequence) for part in range(self._parts) if rows[part] <= few}
+        part = max(found, key=lambda part: (len(found[part][0]), -rows[part]))
+        return part, *found[part]
+
+    def _known(self, part: int, sequence: Sequence) -> tuple[list[int], Hashable]:
+        """Pages that hold the beginning of a sequence, and what stands for the last of them in a key."""
+        job, pool = sequence.job, self._pools[part]
+        parent, pages, end = job.weights, [], sequence.length - 1
+        if not sequence.index:
+            end = min(end, job.scored) if job.scored < len(job.ask.prompt) - 1 else end
+        while (len(pages) + 1) * PAGE <= end and (page := pool.find(_key(sequence, len(pages), parent))):
+            pages.append(page)
+            parent = pool.identity(page)
+        return pages, parent
+
+    def _coming(self, part: int, sequence: Sequence, known: int, parent: Hashable) -> bool:
+        """Is the first page that a sequence lacks about to be made for another?"""
+        if (known + 1) * PAGE > sequence.length - 1:
+            return False
+        key = _key(sequence, known, parent)
+        others = (s for s in self.working if not s.ready and s.part == part and s.known == known)
+        return any(_key(other, known, other.parent) == key for other in others)
+
+    def _rows_of(self, part: int) -> int:
+        return sum(sequence.part == part for sequence in self.working)
+
+    def grow(self, sequence: Sequence) -> None:
+        """Pages for the next chunk, if need be from younger sequences."""
+        pool = self._pools[sequence.part]
+        lack = pages_for(sequence.computed + min(STEPS, sequence.remaining)) - len(sequence.pages)
+        while sequence.pages and lack > pool.available:
+            self.pause(max((s for s in self.working if s.part == sequence.part), key=lambda s: s.order))
+        if sequence.pages and lack > 0:
+            sequence.pages += pool.take(lack)
+
+    def remember(self, sequence: Sequence) -> None:
+        """Tells the pool what a sequence's full pages hold."""
+        end = sequence.computed
+        if self._deterministic:  # what decoding computes differs in the last bit from what a prefill does
+            end = min(end, len(sequence.job.ask.prompt) - 1)
+        pool = self._pools[sequence.part]
+        while (sequence.known + 1) * PAGE <= end:
+            key = _key(sequence, sequence.known, sequence.parent)
+            sequence.parent = pool.identity(pool.remember(sequence.pages[sequence.known], key))
+            sequence.known += 1
+
+    def table(self, sequence: Sequence) -> np.ndarray:
+        table = np.zeros(self._most_pages, np.int32)
+        table[: len(sequence.pages)] = sequence.pages
+        return table
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes a sequence's row and pages."""
+        self.working.remove(sequence)
+        self.lanes.leave(sequence.job.weights)
+        self._pools[sequence.part].release(sequence.pages)
+        sequence.pages, sequence.computed = [], 0
+
+    def pause(self, sequence: Sequence) -> None:
+        """Takes a sequence's row and pages until there is room again; what it drew stays."""
+        self.leave(sequence)
+        self.paused.append(sequence)
+        self.paused.sort(key=lambda sequence: sequence.order)
+
+
+def _key(sequence: Sequence, page: int, parent: Hashable) -> tuple[Hashable, bytes]:
+    """What a page of a sequence holds, see `tinker_jax.engine.pages.Key`."""
+    return parent, sequence.tokens(page * PAGE, (page + 1) * PAGE).tobytes()
