@@ -67,9 +67,9 @@ class DecodeBatch:
     @property
     def _pages(self) -> Pages:
         """Made at their first use."""
-        if self._pool is None:
-            self._pool = self._make(shape=f"{self._pages_each} pages")
-        return self._pool
+        pool = self._pool if self._pool is not None else self._make(shape=f"{self._pages_each} pages")
+        self._pool = pool
+        return pool
 
     def release(self) -> None:
         """Gives the memory back."""

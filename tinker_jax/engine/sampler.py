@@ -158,7 +158,7 @@ class Sampler:
         self._waiting.append(job)
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
-        """New values under the name of old ones: requests that wait or run go on with them, on the keys and values there are."""
+        """New values under the name of old ones; requests of them go on with it, on the keys and values there are."""
         for job in self._jobs():
             if job.weights == weights:
                 job.adapter = adapter
@@ -266,22 +266,23 @@ class Sampler:
 
     def _score(self, placed: list[tuple[Sequence, int] | None], h_RTD: jax.Array) -> None:
         """Reads the prompts' numbers off a prefill's hidden states, prompts of one adapter and one kind together."""
-        groups: dict[Any, list[int]] = {}
+        groups: dict[Any, list[tuple[int, Job, int]]] = {}
         for r, row in enumerate(placed):
-            if row and not row[0].index and row[0].job.scored < len(row[0].job.ask.prompt) - 1:
-                job = row[0].job
-                if job.scores and job.scored < row[1] + self._chunk:
-                    groups.setdefault((job.weights, needs(job.ask, self._cfg.V)), []).append(r)
+            if row is None or row[0].index:  # the first sample's prefill speaks for all
+                continue
+            job, start = row[0].job, row[1]
+            if job.scores and job.scored < min(len(job.ask.prompt) - 1, start + self._chunk):
+                groups.setdefault((job.weights, needs(job.ask, self._cfg.V)), []).append((r, job, start))
         for members in groups.values():
-            mine = {r: placed[r] for r in members}
-            asks = [(row[0].job.ask, row[1]) if (row := mine.get(r)) else None for r in range(len(placed))]
-            job = mine[members[0]][0].job
-            scored = self._scorer.score(asks, job.adapter, h_RTD)
-            for r, (sequence, start) in mine.items():
-                job = sequence.job
+            asks: list[tuple[Ask, int] | None] = [None] * len(placed)
+            for r, job, start in members:
+                asks[r] = job.ask, start
+            scored = self._scorer.score(asks, members[0][1].adapter, h_RTD)
+            for r, job, start in members:
                 n = min(self._chunk, len(job.ask.prompt) - 1 - start)
+                assert job.scores is not None
                 job.scores.put(start, n, scored, r)
-                job.scored = max(job.scored, start + n)
+                job.scored = start + n
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,7 @@ class Seats:
             sequence.known += 1
 
     def table(self, sequence: Sequence) -> np.ndarray:
+        """int32 [W], W pages for every token of the context; 0 where there is none yet."""
         table = np.zeros(self._most_pages, np.int32)
         table[: len(sequence.pages)] = sequence.pages
         return table

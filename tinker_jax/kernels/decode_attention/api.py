@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
@@ -20,10 +20,10 @@ from tinker_jax.kernels.decode_attention.xla import xla_attend
 
 logger = logging.getLogger("tinker_jax")
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["ragged", "xla", "reference"]
 
 #: What is tried on a platform, best first. The last one takes every case.
-PREFERENCE: dict[str, tuple[Implementation, ...]] = {"tpu": ("xla",), "gpu": ("xla",), "cpu": ("xla",)}
+PREFERENCE: dict[str, tuple[Implementation, ...]] = {"tpu": ("ragged", "xla"), "gpu": ("xla",), "cpu": ("xla",)}
 
 Heads = tuple[int, int, int]
 """N, K and H: query heads, key heads (N is a multiple), their width."""
@@ -64,11 +64,11 @@ class PagedAttention:
         """Zeroed pool.
 
         Args:
-            pages: of each part of the rows, page 0 among them: arrays hold `pages · parts(mesh, "rows")` along their first
-                axis.
+            pages: of each part of the rows, page 0 among them; arrays hold `pages · parts(mesh, "rows")` of them.
         """
         pool = jax.eval_shape(lambda: self.backend.empty(pages * sharding.parts(self.mesh, "rows"), self.K))
-        where = NamedSharding(self.mesh, self._pool_spec())
+        heads = "kv_heads" if self._heads() else None
+        where = sharding.named(self.mesh, ("rows", *[None] * (self.backend.heads_axis - 1), heads))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=where), pool)
 
     def pages(self, pool: Any) -> int:
@@ -140,7 +140,7 @@ class PagedAttention:
 
 
 def paged_attention_on(
-    mesh: Mesh, heads: Heads, dtype: jnp.dtype, implementation: Implementation | None = None
+    mesh: Mesh, heads: Heads, dtype: jnp.dtype, implementation: Implementation | None = None, *, sinks: bool = False
 ) -> PagedAttention:
     """Attention over pages for programs of a mesh.
 
@@ -152,6 +152,8 @@ def paged_attention_on(
             was passed over.
             `"reference"` is the plain formula.
             `"xla"` loops over blocks of positions as far as the longest row reaches.
+            `"ragged"` is the Pallas kernel that ships with JAX, for TPUs.
+        sinks: will `attend` be given attention sinks?
 
     Raises:
         NotImplementedError: the named implementation cannot do the case; the text says why.
@@ -160,10 +162,10 @@ def paged_attention_on(
     *others, last = PREFERENCE[platform] if implementation is None else (implementation,)
     for name in others:
         try:
-            return PagedAttention(mesh, _backend(name, platform, heads, dtype), heads[1])
+            return PagedAttention(mesh, _backend(name, mesh, heads, dtype, sinks), heads[1])
         except NotImplementedError as reason:
             _log_fallback(name, str(reason))
-    return PagedAttention(mesh, _backend(last, platform, heads, dtype), heads[1])
+    return PagedAttention(mesh, _backend(last, mesh, heads, dtype, sinks), heads[1])
 
 
 @functools.cache  # once for each reason
@@ -171,11 +173,21 @@ def _log_fallback(name: str, reason: str) -> None:
     logger.warning("attention over pages: %s is not used: %s", name, reason)
 
 
-def _backend(name: Implementation, platform: str, heads: Heads, dtype: jnp.dtype) -> Backend:
-    def empty(pages: int, K: int) -> Pages:
-        return empty_pages(pages, K, heads[2], dtype)
+def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, sinks: bool) -> Backend:
+    platform, (_, K, H) = mesh.devices.flat[0].platform, heads
+    if name == "ragged":
+        if platform != "tpu":
+            raise NotImplementedError(f"ragged paged attention runs on TPUs, not on {platform!r}")
+        if sinks:
+            raise NotImplementedError("ragged paged attention has no attention sinks")
+        from tinker_jax.kernels.decode_attention import ragged  # Pallas is slow to import
 
+        parts = sharding.parts(mesh, "kv_heads")
+        ragged.check_heads(K if K % parts else K // parts, H, dtype)
+        empty = functools.partial(ragged.empty_combined, H=H, dtype=dtype)
+        return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
+    attend = reference_attend
     if name == "xla":
         block, rows = (128, 16) if platform == "cpu" else (512, None)
-        return Backend(empty, write_pages, functools.partial(xla_attend, block=block, rows_at_once=rows), heads_axis=1)
-    return Backend(empty, write_pages, reference_attend, heads_axis=1)
+        attend = functools.partial(xla_attend, block=block, rows_at_once=rows)
+    return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)

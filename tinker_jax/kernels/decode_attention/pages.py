@@ -32,10 +32,20 @@ def places(tables_RW: jax.Array, positions_RT: jax.Array) -> tuple[jax.Array, ja
     return jnp.where(positions_RT < 0, 0, page_RT), positions_RT % PAGE
 
 
+def finite(x: jax.Array) -> jax.Array:
+    """x, with zero for what is not finite.
+
+    A masked key has weight zero, which does not silence a value that is not finite, and a page that a diverged model filled may
+    go to another row. The row that made such a number has it in its hidden state, too, so nothing is hidden from it.
+    """
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 def write_pages(pages: Pages, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Pages:
     """See `PagedAttention.write`."""
     page_RT, place_RT = places(tables_RW, positions_RT)
-    return Pages(pages.k.at[page_RT, :, place_RT].set(k_RTKH), pages.v.at[page_RT, :, place_RT].set(v_RTKH))
+    k, v = (pool.at[page_RT, :, place_RT].set(finite(x)) for pool, x in zip(pages, (k_RTKH, v_RTKH), strict=True))
+    return Pages(k, v)
 
 
 def visible(keys: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:

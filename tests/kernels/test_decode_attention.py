@@ -1,0 +1,263 @@
+"""Every backend of attention over pages equals the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinker_jax import sharding
+from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, xla
+
+BLOCK = 128  # positions of one step of the loop on a CPU
+
+
+class Batch:
+    """Rows of given lengths, their keys and values by position, and tables of pages in random order.
+
+    Args:
+        lengths: tokens of each row; the last T are the queries. A row of fewer than T is padded behind, of none is padding.
+        T: queries of each row.
+        heads: N, K, H.
+        parts: that the mesh cuts rows into.
+    """
+
+    def __init__(self, lengths, T, heads=(4, 2, 8), *, parts=1, dtype=jnp.float32, seed=0):
+        rng = np.random.default_rng(seed)
+        (N, K, H), R, L = heads, len(lengths), max(*lengths, 1)
+        self.heads, self.T, self.dtype, W = heads, T, dtype, -(-L // PAGE) + 1
+        self.k, self.v = (rng.standard_normal((R, L, K, H)).astype(dtype) for _ in range(2))
+        self.q = rng.standard_normal((R, T, N, H)).astype(dtype)
+        lengths = np.asarray(lengths)[:, None]
+        every = np.arange(L, dtype=np.int32)[None]
+        self.written = np.where(every < lengths, every, -1)
+        own = np.maximum(lengths - T, 0) + np.arange(T, dtype=np.int32)[None]
+        self.positions = np.where(own < lengths, own, -1)
+        self.pages = R // parts * W + 1
+        self.tables = np.concatenate([1 + rng.permutation(self.pages - 1).reshape(-1, W) for _ in range(parts)]).astype(
+            np.int32
+        )
+
+    def take(self, rows):
+        """The same batch with other rows in other places."""
+        other = Batch.__new__(Batch)
+        other.__dict__.update(self.__dict__)
+        for name in ("k", "v", "q", "written", "positions", "tables"):
+            setattr(other, name, getattr(self, name)[np.asarray(rows)])
+        return other
+
+    def run(self, paged: PagedAttention, **more):
+        """Writes all keys and values, then attends; float32."""
+        pool = paged.write(paged.empty(self.pages), self.k, self.v, self.tables, self.written)
+        out = paged.attend(pool, jnp.asarray(self.q), self.tables, self.positions, scale=0.3, **more)
+        assert out.dtype == self.dtype
+        return np.asarray(out, np.float32)
+
+    def formula(self, **more):
+        """What the plain formula says, on one device."""
+        return self.run(on(self, "reference"), **more)
+
+
+def on(batch, implementation, axes=None, **more):
+    return paged_attention_on(sharding.make_mesh(axes), batch.heads, batch.dtype, implementation, **more)
+
+
+def by_hand(batch, r, t, n, window=None, sink=None):
+    """One query's result, in float64, from keys and values as they were before they were paged."""
+    position, k = batch.positions[r, t], n // (batch.heads[0] // batch.heads[1])
+    seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
+    weights = np.exp(0.3 * batch.k[r, seen, k].astype(float) @ batch.q[r, t, n].astype(float))
+    return weights @ batch.v[r, seen, k].astype(float) / (weights.sum() + (0 if sink is None else np.exp(sink)))
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("sinks", [None, np.linspace(-2, 3, 4, dtype=np.float32)])
+def test_the_plain_formula_equals_one_written_without_pages(window, sinks):
+    batch = Batch([1, 16, 17, 45], 3)
+    out = batch.formula(window=window, sinks_N=sinks)
+    for r, t, n in np.ndindex(out.shape[:3]):
+        if batch.positions[r, t] < 0:
+            assert (out[r, t] == 0).all()
+        else:
+            expected = by_hand(batch, r, t, n, window, None if sinks is None else sinks[n])
+            np.testing.assert_allclose(out[r, t, n], expected, atol=1e-5)
+
+
+EDGES = [PAGE - 1, PAGE, PAGE + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 1, 2, 300]
+CASES = {
+    "decode": (EDGES, 1, (4, 2, 8)),
+    "decode, as many key heads": (EDGES, 1, (4, 4, 8)),
+    "decode, one key head": ([40, 1, 33], 1, (6, 1, 16)),
+    "decode, padding rows": ([0, 5, 0, 200], 1, (4, 2, 8)),
+    "only padding": ([0, 0], 1, (4, 2, 8)),
+    "more rows than a tile": ([1 + 17 * i for i in range(37)], 1, (4, 2, 8)),
+    "prefill": ([64, 65, 80, 300, 128, 129, 192], 64, (4, 2, 8)),
+    "prefill, as many key heads": ([64, 70, 200], 64, (2, 2, 8)),
+    "prefill, rows shorter than the chunk": ([0, 1, 63, 16, 250], 64, (4, 2, 8)),
+    "prefill of an odd length": ([37, 100, 12], 37, (4, 2, 8)),
+}
+WINDOWS = [1, 5, PAGE, BLOCK, BLOCK + 1, 10_000]
+
+
+class PagedTests:
+    """What a backend must do; each backend subclasses it."""
+
+    implementation: api.Implementation
+    width: int | None = None
+    """Head width of every case, where the backend does not take all."""
+    tolerance = 5e-6
+    sinks = True
+    """Does the backend take them?"""
+
+    def paged(self, batch, axes=None) -> PagedAttention:
+        return on(batch, self.implementation, axes)
+
+    def batch(self, lengths, T, heads=(4, 2, 8), **more):
+        N, K, H = heads
+        return Batch(lengths, T, (N, K, self.width or H), **more)
+
+    def check(self, batch, axes=None, **more):
+        atol = self.tolerance if batch.dtype == jnp.float32 else 0.02
+        np.testing.assert_allclose(batch.run(self.paged(batch, axes), **more), batch.formula(**more), rtol=0, atol=atol)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_equals_the_formula(self, case):
+        self.check(self.batch(*CASES[case]))
+
+    @pytest.mark.parametrize("T", [1, 64])
+    @pytest.mark.parametrize("window", WINDOWS)
+    def test_windows_equal_the_formula(self, T, window):
+        self.check(self.batch([*EDGES, 0], T), window=window)
+
+    @pytest.mark.parametrize("T", [1, 64])
+    @pytest.mark.parametrize("window", [None, 20])
+    def test_sinks_equal_the_formula_or_are_refused(self, T, window):
+        batch, more = self.batch([*EDGES, 0], T), {"window": window, "sinks_N": jnp.linspace(-2, 3, 4)}
+        if self.sinks:
+            self.check(batch, **more)
+        else:
+            with pytest.raises(NotImplementedError, match="no attention sinks"):
+                batch.run(self.paged(batch), **more)
+
+    @pytest.mark.parametrize("T", [1, 64])
+    def test_bfloat16_keeps_float32_accuracy_of_the_softmax(self, T):
+        self.check(self.batch([*EDGES, 0], T, (4, 2, 32), dtype=jnp.bfloat16))
+
+    @pytest.mark.parametrize("T", [1, 20])
+    def test_rows_share_the_pages_of_a_prefix(self, T):
+        batch = self.batch([100, 120, 150], T)
+        shared = 64
+        batch.tables[1:, : shared // PAGE] = batch.tables[0, : shared // PAGE]
+        batch.k[1:, :shared], batch.v[1:, :shared] = batch.k[0, :shared], batch.v[0, :shared]
+        whole = batch.run(self.paged(batch))
+        batch.written[1:, :shared] = -1
+        np.testing.assert_array_equal(batch.run(self.paged(batch)), whole)
+        self.check(batch)
+
+    def test_pages_of_a_former_row_do_no_harm(self):
+        batch = self.batch([60, 30], 16)
+        paged = self.paged(batch)
+        before = batch.run(paged)
+        spoilt = np.full_like(batch.k, np.nan)
+        pool = paged.write(
+            paged.empty(batch.pages), spoilt, spoilt * np.inf, batch.tables, batch.written * 0 + np.arange(60)[None]
+        )
+        pool = paged.write(pool, batch.k, batch.v, batch.tables, batch.written)
+        after = paged.attend(pool, jnp.asarray(batch.q), batch.tables, batch.positions, scale=0.3)
+        np.testing.assert_array_equal(after, before)
+
+    def test_a_copied_page_is_as_good_as_its_original(self):
+        batch = self.batch([40], 1)
+        paged = self.paged(batch)
+        pool = paged.write(paged.empty(2 * batch.pages), batch.k, batch.v, batch.tables, batch.written)
+        copied = batch.tables + batch.pages
+        pool = jax.tree.map(lambda x: x.at[copied].set(x[batch.tables]), pool)
+        out = paged.attend(pool, jnp.asarray(batch.q), copied, batch.positions, scale=0.3)
+        np.testing.assert_array_equal(out, batch.run(paged))
+
+
+class TestXla(PagedTests):
+    implementation = "xla"
+
+    @pytest.mark.parametrize("block", [PAGE, 64])
+    @pytest.mark.parametrize("rows", [1, 5, None])
+    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, rows):
+        for T in (1, 20):
+            batch = Batch([*EDGES, 0], T)
+            paged = self.paged(batch)
+            pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
+            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "rows_at_once": rows}
+            out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, **more)
+            np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
+
+    @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "data": 2}, {"tensor": 4, "fsdp": 2}])
+    @pytest.mark.parametrize("T", [1, 16])
+    def test_every_device_of_a_mesh_takes_its_rows_and_the_heads_that_divide(self, axes, T):
+        batch = Batch([200, 1, 0, 17, 140, 128, 16, 64], T, parts=axes.get("data", 1) * axes["fsdp"])
+        alone = np.concatenate([batch.take([r]).formula(sinks_N=jnp.linspace(-2, 3, 4)) for r in range(8)])
+        paged = self.paged(batch, axes)
+        out = jax.jit(lambda: batch_on_device(batch, paged, sinks_N=jnp.linspace(-2, 3, 4)))()
+        np.testing.assert_allclose(out, alone, rtol=0, atol=self.tolerance)
+
+    @pytest.mark.parametrize("T", [1, 16])
+    @pytest.mark.parametrize("window", [None, 40])
+    def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self, T, window):
+        batch = Batch([130, *(T + 7 * i for i in range(19)), 900, 700, 0, 0], T, (8, 4, 32))
+        optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+        paged = self.paged(batch)
+
+        def run(q, k, v, tables, written, positions):
+            pool = paged.write(paged.empty(batch.pages), k, v, tables, written)
+            return paged.attend(pool, q, tables, positions, scale=0.3, window=window)
+
+        def of(rows):
+            b = batch.take(rows)
+            arrays = (b.q, b.k, b.v, b.tables, b.written, b.positions)
+            if not hasattr(of, "program"):
+                of.program = jax.jit(run).lower(*arrays).compile(optimised)
+            return np.asarray(of.program(*arrays))
+
+        alone = of([0] + [22] * 21)[0]
+        assert np.abs(alone).max() > 0
+        for place in (0, 1, 7, 16, 21):
+            for others in (range(1, 22), [20, 21] * 11, [22] * 22):
+                rows = list(others)[:21]
+                rows[place:place] = [0]
+                np.testing.assert_array_equal(of(rows[:22])[place], alone)
+
+    @pytest.mark.parametrize("T", [1, 64])
+    def test_a_loop_of_steps_over_a_donated_pool_copies_nothing_of_its_size(self, T):
+        batch, W = Batch([64] * 16, T), 256
+        paged = self.paged(batch)
+        pool = jax.eval_shape(lambda: paged.empty(16 * W))
+        shapes = (pool, *(jax.ShapeDtypeStruct((16, T, n, 8), jnp.float32) for n in (4, 2, 2)))
+        ints = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((16, W), (16, T))]
+
+        def steps(pool, q, k, v, tables, positions):
+            def one(i, carry):
+                pool, q = carry
+                pool = paged.write(pool, k, v, tables, positions + i)
+                return pool, paged.attend(pool, q, tables, positions + i, scale=0.3)
+
+            return jax.lax.fori_loop(0, 8, one, (pool, q))
+
+        memory = jax.jit(steps, donate_argnums=0).lower(*shapes, *ints).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < sum(x.size * 4 for x in pool) / 2
+
+    def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
+        """Pages that no block may touch hold NaN, smuggled past `write`."""
+        batch = Batch([20 * PAGE, 3 * PAGE], 1)
+        paged = self.paged(batch)
+        pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
+        bad = jnp.asarray(batch.tables[:, : BLOCK // PAGE].ravel())
+        pool = jax.tree.map(lambda x: x.at[bad].set(jnp.nan), pool)
+        first, second = paged.attend(pool, jnp.asarray(batch.q), batch.tables, batch.positions, scale=0.3, window=PAGE)
+        assert np.isnan(second).all()
+        one = batch.take([0])
+        (first,) = paged.attend(pool, jnp.asarray(one.q), one.tables, one.positions, scale=0.3, window=PAGE)
+        assert np.isfinite(first).all()
+
+
+def batch_on_device(batch, paged, **more):
+    """`Batch.run`, inside a jitted function."""
+    pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
+    return paged.attend(pool, jnp.asarray(batch.q), batch.tables, batch.positions, scale=0.3, **more)
