@@ -198,6 +198,22 @@ def child(
     return parse(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=limit).stdout)
 
 
+def child_until(script: str, arguments: Sequence[str], env: Mapping[str, str], limit: float) -> tuple[list[dict], str | None]:
+    """`child`; one that runs out of time or memory leaves what it had finished before.
+
+    Returns:
+        The objects, and why there are no more; None: the child ended well.
+    """
+    if limit <= 0:
+        return [], "not started: the time of the whole run was over"
+    try:
+        return child(script, arguments, env, limit), None
+    except subprocess.TimeoutExpired as error:
+        return parse(error.stdout), f"stopped after {limit:.0f} s"
+    except subprocess.CalledProcessError as error:
+        return parse(error.stdout), f"failed with exit status {error.returncode}"
+
+
 def parse(out: bytes | None) -> list[dict]:
     """JSON objects, one a line, among other output."""
     return [json.loads(line) for line in (out or b"").decode().splitlines() if line.startswith("{")]
@@ -236,6 +252,11 @@ def describe(facts: Mapping[str, Any]) -> str:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_GiB']} GiB; {facts['date']}; "
         f"load average before the run {facts['load_before']:.2f}\nPython {facts['python']}, {versions}"
     )
+
+
+def gib(size: int | None) -> str:
+    """A size, unless the device does not tell."""
+    return "–" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,7 +1,7 @@
 """Sampling speed and memory side by side with transformers' `generate` and PEFT, on the same CPU in one run.
 
-The random Qwen3 of `_sides.write_model` in float32, unmerged LoRA adapters of rank 32 on the seven projections, temperature 1, no
-stops, prefill included:
+The random Qwen3 of `_sides.write_model` in float32, unmerged LoRA adapters of rank 32 on the seven projections, temperature 1,
+no stops, prefill included:
 
     uniform   16 prompts of 64 tokens, 128 new tokens each
     mixed     64 requests, prompts of 16–512 and outputs of 16–256 tokens, all different
@@ -15,12 +15,12 @@ of its own: prompts of a batch, and order of the requests (to sort by output len
 A batch of several adapters goes through PEFT's `adapter_names`, one of a single adapter through `set_adapter`.
 
 The latency of a first token is that of a one-token request beside the case's load, as the API does not stream. 20 of them, with
-prompts of the case's lengths, are spread evenly over the time that the load takes alone. `group` also draws single samples of the
-prompts that a group had just before, which a prefix cache then holds: as many rows without the prefill.
+prompts of the case's lengths, are spread evenly over the time that the load takes alone. `group` also draws single samples of
+the prompts that a group had just before, which a prefix cache then holds: as many rows without the prefill.
 
 The sides run in turns, each in a process of its own (torch's threads spin and would starve the other), and the medians of all
-turns are compared. Each turn starts with an empty compilation cache. Peak memory is what the second run of a case adds at most to
-the resident set of a process that has loaded the model; programs come from the cache.
+turns are compared. Each turn starts with an empty compilation cache. Peak memory is what the second run of a case adds at most
+to the resident set of a process that has loaded the model; programs come from the cache.
 
     python benchmarks/sample.py [--cases uniform,mixed] [--turns 3] [--json out.json]
 """
@@ -153,7 +153,7 @@ def ask(client: Any, row: Sequence[int], new: int, samples: int = 1) -> Any:
     import tinker_jax as tinker
 
     params = tinker.SamplingParams(max_tokens=new, temperature=1.0, stop=[])
-    return client.sample(tinker.ModelInput.from_ints(row), num_samples=samples, sampling_params=params)
+    return client.sample(tinker.ModelInput.from_ints(list(row)), num_samples=samples, sampling_params=params)
 
 
 def ask_all(clients: Sequence[Any], case: Case, rows: Sequence[Sequence[int]]) -> list[Any]:
@@ -248,16 +248,6 @@ def cached(client: Any, sample: Sample, case: Case, rows: Sequence[Sequence[int]
     return {"group_s": group_s, "singles_s": single_s, "hit_share": sum(hits) / (case.samples * sum(case.prompts))}
 
 
-def torch_memory(directory: str, case: Case, way: Way) -> dict[str, Any]:
-    """Bytes that a run adds at most to the resident set of a process with a loaded model."""
-    return peak(torch_sampler(directory, case, way), case)
-
-
-def our_memory(directory: str, case: Case, way: Way) -> dict[str, Any]:
-    """The same."""
-    return peak(our_sampler(our_clients(directory, case), case), case)
-
-
 def peak(sample: Sample, case: Case) -> dict[str, Any]:
     """Bytes that the second of two runs adds at most to the resident set as it is now."""
     before = _sides.resident_bytes()
@@ -265,12 +255,12 @@ def peak(sample: Sample, case: Case) -> dict[str, Any]:
     return {"peak_bytes": _sides.peak_bytes(partial(sample, prompts(case, 1))) - before}
 
 
-PURPOSES = {
+PURPOSES: dict[tuple[str, str], Callable[[str, Case, Way], dict[str, Any]]] = {
     ("torch", "ways"): torch_ways,
     ("torch", "speed"): torch_speed,
     ("tinker_jax", "speed"): our_speed,
-    ("torch", "memory"): torch_memory,
-    ("tinker_jax", "memory"): our_memory,
+    ("torch", "memory"): lambda directory, case, way: peak(torch_sampler(directory, case, way), case),
+    ("tinker_jax", "memory"): lambda directory, case, way: peak(our_sampler(our_clients(directory, case), case), case),
 }
 
 

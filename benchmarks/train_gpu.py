@@ -32,37 +32,25 @@ import importlib.util
 import json
 import logging
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _qwen3
 import _sides
+from _qwen3 import MODELS, SMOKE_MODEL
 
-from tinker_jax.models.config import DecoderConfig, Rope
+from tinker_jax.models.config import DecoderConfig
 
 RANK, ROWS, TORCH_ROWS, STEPS = 16, 8, 2, 5
 DOCUMENTS = (1024, 512, 256, 128, 64, 64)  # of a packed row of 2,048
 
 
-def qwen3(D: int, L: int, N: int, F: int, *, tied: bool) -> DecoderConfig:
-    """A dense Qwen3 of the published family."""
-    return DecoderConfig("qwen3", 151_936, D, F, L, N, 8, 128, Rope(1e6), 1e-6, tied, False, True, 40_960)
-
-
-MODELS = {
-    "8B": qwen3(4096, 36, 32, 12_288, tied=False),
-    "0.6B": qwen3(1024, 28, 16, 3072, tied=True),
-    "4B": qwen3(2560, 36, 32, 9728, tied=True),
-    "1.7B": qwen3(2048, 28, 16, 6144, tied=True),
-}
 LAYOUTS = {"2048": (2048,) * ROWS, "packed": DOCUMENTS * ROWS, "4096": (4096,) * ROWS}
-SMOKE_MODEL = replace(MODELS["0.6B"], V=512, D=64, F=96, L=2, N=4, K=2, H=16)
 
 
 def documents(layout: str, smoke: bool) -> tuple[int, ...]:
@@ -106,7 +94,7 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
 
     mesh = sharding.make_mesh()
     plan = memory.plan(cfg, 2, memory.device_bytes(), mesh.shape)
-    trainer = Trainer(cfg, random_weights(cfg, mesh), mesh, plan)
+    trainer = Trainer(cfg, _qwen3.random_weights(cfg, mesh), mesh, plan)
     for layout in layouts:
         lengths = documents(layout, smoke)
         data = _sides.datums(_sides.sequences(1, [n + 1 for n in lengths], cfg.V))
@@ -130,50 +118,16 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
                 step()
 
 
-def random_weights(cfg: DecoderConfig, mesh: Any) -> dict[str, Any]:
-    """bfloat16 weights where the trainer wants them: norms of one, the rest normal with deviation 0.02."""
-    import jax
-    import jax.numpy as jnp
-
-    from tinker_jax import sharding
-    from tinker_jax.models.weights import weights
-
-    def make(weight: Any, seed: int) -> jax.Array:
-        def draw() -> jax.Array:
-            if weight.name.endswith("scale"):
-                return jnp.ones(weight.full_shape, jnp.bfloat16)
-            return 0.02 * jax.random.normal(jax.random.key(seed), weight.full_shape, jnp.bfloat16)
-
-        return jax.jit(draw, out_shardings=sharding.named(mesh, weight.full_axes))()
-
-    return {weight.name: make(weight, seed) for seed, weight in enumerate(weights(cfg))}
-
-
 def peft(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
     """The same with torch, on CUDA, or on the CPU for a smoke run, `packed` left out; nothing without torch and PEFT."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
         return
     import torch
-    import transformers
 
     if not smoke and not torch.cuda.is_available():
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = transformers.Qwen3Config(
-        vocab_size=cfg.V,
-        hidden_size=cfg.D,
-        intermediate_size=cfg.F,
-        num_hidden_layers=cfg.L,
-        num_attention_heads=cfg.N,
-        num_key_value_heads=cfg.K,
-        head_dim=cfg.H,
-        max_position_embeddings=cfg.context_length,
-        tie_word_embeddings=cfg.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope.theta},
-    )
-    with torch.device(device):
-        base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model, optimizer = _sides.with_lora(base, RANK)
+    model, optimizer = _sides.with_lora(_qwen3.torch_model(cfg, device), RANK)
 
     def step(rows: Sequence[Sequence[int]]) -> None:
         for at in range(0, len(rows), TORCH_ROWS):
@@ -233,17 +187,10 @@ def run_side(
     name: str, side: str, layouts: Sequence[str], args: argparse.Namespace, limit: float, cache: str
 ) -> dict[str, Any]:
     """One model on one side; running out of time or memory leaves what was finished before."""
-    if limit <= 0:
-        return {"layouts": {}, "stopped": f"not started: the run's {args.minutes:g} minutes were over"}
     arguments = ["--side", side, "--models", name, "--layouts", ",".join(layouts)]
     arguments += ["--smoke"] if args.smoke else []
     arguments += ["--profile", f"{args.profile}/{name}"] if args.profile and side == "ours" else []
-    try:
-        lines, stopped = _sides.child(__file__, arguments, {"JAX_COMPILATION_CACHE_DIR": cache}, limit), None
-    except subprocess.TimeoutExpired as error:
-        lines, stopped = _sides.parse(error.stdout), f"stopped after {limit:.0f} s"
-    except subprocess.CalledProcessError as error:
-        lines, stopped = _sides.parse(error.stdout), f"failed with exit status {error.returncode}"
+    lines, stopped = _sides.child_until(__file__, arguments, {"JAX_COMPILATION_CACHE_DIR": cache}, limit)
     print(f"{name}: {side} {stopped or 'done'}", file=sys.stderr)
     return {"layouts": {line.pop("layout"): line for line in lines}, "stopped": stopped}
 
@@ -292,7 +239,7 @@ def rows(name: str, cfg: DecoderConfig, result: dict[str, Any], args: argparse.N
             layout,
             f"{rate:,.0f}",
             *(f"{percent:.1f} %" for percent in use),
-            gib(ran["peak_bytes"]),
+            _sides.gib(ran["peak_bytes"]),
             f"{ran['first_step_s']:.1f} s / {warm_s}",
             f"{ran['remat']}, {ran['token_budget']}",
             *against(rate, theirs),
@@ -305,12 +252,7 @@ def against(rate: float, theirs: dict[str, Any]) -> list[str]:
         return ["–"] * 3
     checkpointing = " (checkpointing)" if theirs["gradient_checkpointing"] else ""
     ratio = rate / theirs["tokens_per_s"]
-    return [f"{theirs['tokens_per_s']:,.0f}{checkpointing}", f"{ratio:.2f}", gib(theirs["peak_bytes"])]
-
-
-def gib(size: int | None) -> str:
-    """A size, unless the device does not tell."""
-    return "–" if size is None else f"{size / 2**30:.1f} GiB"
+    return [f"{theirs['tokens_per_s']:,.0f}{checkpointing}", f"{ratio:.2f}", _sides.gib(theirs["peak_bytes"])]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

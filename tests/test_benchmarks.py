@@ -5,13 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
+import _sides
+import numpy as np
 import pytest
+import sample
+import sample_gpu
 import train
 import train_gpu
 
 from tinker_jax.engine.memory import base_bytes
+from tinker_jax.types import SampleResponse
 
 BENCHMARKS = Path(train.__file__).parent
 
@@ -66,6 +73,112 @@ def test_ragged_lengths_are_spread_over_the_stated_range():
     assert train.CASES["ragged"].lengths == lengths[:32]
 
 
+def test_the_peak_of_a_call_includes_what_it_freed():
+    before = _sides.resident_bytes()
+    assert _sides.peak_bytes(lambda: np.ones(2**25).sum()) - before > 0.9 * 2**28
+
+
+def test_mixed_requests_are_all_different_and_span_the_stated_lengths():
+    case = sample.CASES["mixed"]
+    for lengths, shortest, longest in ((case.prompts, 16, 512), (case.new, 16, 256)):
+        assert len(set(lengths)) == 64 and (min(lengths), max(lengths)) == (shortest, longest)
+        assert list(lengths) != sorted(lengths)
+
+
+def test_no_run_repeats_the_beginning_of_another_ones_prompt():
+    beginnings = [tuple(row[:4]) for run in range(10) for row in sample.prompts(sample.CASES["group"], run)]
+    assert len(set(beginnings)) == len(beginnings)
+
+
+class FakePeft:
+    """What a benchmark asks of a PEFT model."""
+
+    def __init__(self):
+        self.peft_config, self.active = {"default": "config"}, None
+
+    def add_adapter(self, name, config):
+        self.peft_config[name] = config
+
+    def set_adapter(self, name):
+        self.active = name
+
+    def eval(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("case", "way"), [pytest.param(case, way, id=f"{name} {way}") for name, case in sample.CASES.items() for way in case.ways]
+)
+def test_torch_draws_every_request_once_in_full_with_its_adapter(monkeypatch, case, way):
+    model, drawn = FakePeft(), []
+
+    def generate(_, rows, new, samples, adapter_names=None):
+        assert len(rows) <= way.batch and samples == case.samples
+        drawn.extend((row, new, name) for row, name in zip(rows, adapter_names or [model.active] * len(rows), strict=True))
+
+    monkeypatch.setattr(_sides, "torch_side", lambda directory: (model, None))
+    monkeypatch.setattr(_sides, "torch_generate", generate)
+    rows = [[i] * n for i, n in enumerate(case.prompts)]
+    sample.torch_sampler("directory", case, way)(rows)
+    drawn.sort()
+    names = list(model.peft_config)
+    assert len(names) == case.adapters
+    assert [row for row, _, _ in drawn] == rows
+    assert all(new >= least for (_, new, _), least in zip(drawn, case.new, strict=True))
+    assert [name for _, _, name in drawn] == [names[i % case.adapters] for i in range(len(rows))]
+
+
+def test_sorting_by_output_makes_torch_draw_fewest_tokens_that_nobody_asked_for(monkeypatch):
+    case, drawn = sample.CASES["mixed"], {}
+    monkeypatch.setattr(_sides, "torch_side", lambda directory: (FakePeft(), None))
+    for way in case.ways:
+        batches = []
+        monkeypatch.setattr(_sides, "torch_generate", lambda _, rows, new, to=batches, **rest: to.append(len(rows) * new))
+        sample.torch_sampler("directory", case, way)(sample.prompts(case, 0))
+        drawn[way] = sum(batches)
+    assert min(drawn, key=drawn.__getitem__) == sample.Way(16, "by output")
+    assert drawn[sample.Way(16, "by output")] < 1.3 * case.tokens < 1.7 * case.tokens < drawn[sample.Way(64)]
+
+
+def test_the_share_of_cached_prompt_tokens_is_that_of_the_single_samples():
+    class Client:
+        asked = 0
+
+        def sample(self, prompt, num_samples, sampling_params):
+            self.asked += 1
+            future = Future()
+            future.set_result(SampleResponse(sequences=[], prompt_cache_hit_tokens=prompt.length // 4))
+            return future
+
+    client, case, groups = Client(), sample.CASES["group"], []
+    times = sample.cached(client, groups.append, case, rows := sample.prompts(case, 0))
+    assert times["hit_share"] == 0.25 and client.asked == 128 and groups == [rows]
+
+
+def test_the_bytes_of_a_decode_step_are_those_written_out():
+    cfg = sample_gpu._qwen3.SMOKE_MODEL  # V 512, D 64, F 96, L 2, N 4, K 2, H 16, tied
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96 + 2 * 64 + 2 * 16
+    weights = 2 * layer + 512 * 64 + 64
+    adapter = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    context = 32 + (32 + 64) / 2
+    size = 2 * weights + 4 * adapter + 3 * context * (2 * 2 * 2 * 32)
+    assert sample_gpu.bytes_per_step(cfg, 3, sample_gpu.SMOKE) == size
+    untied = replace(cfg, tied=False)  # the embedding is looked up, not read
+    assert sample_gpu.bytes_per_step(untied, 3, sample_gpu.SMOKE) == size
+
+
+def test_both_sides_of_the_accelerator_sampling_benchmark_run_at_toy_size():
+    cfg, batches = sample_gpu._qwen3.SMOKE_MODEL, [1, 4]
+    ran = {kind: list(side(cfg, batches, sample_gpu.SMOKE)) for kind, side in sample_gpu.SIDES.items()}
+    assert [[line.pop("rows") for line in lines] for lines in ran.values()] == [batches] * 2
+    result = {kind: {"batches": dict(zip(map(str, batches), lines, strict=True))} for kind, lines in ran.items()}
+    assert result["ours"]["batches"]["4"]["programs"] > 0
+    args = argparse.Namespace(batches=[*batches, 64], smoke=True, bandwidth=1.0)
+    table = list(sample_gpu.lines("toy", cfg, result, args))
+    assert {len(line) for line in table} == {len(sample_gpu.HEADER)}
+    assert float(table[0][-1]) > 0 and table[0][4].endswith(" %") and set(table[2][2:]) == {"–"}
+
+
 def run(script, *arguments):
     path = f"{BENCHMARKS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
@@ -89,3 +202,23 @@ def test_the_accelerator_benchmark_runs_at_toy_size(tmp_path):
     models = json.loads((tmp_path / "out.json").read_text())["models"]
     assert [result[kind]["stopped"] for result in models.values() for kind in result] == [None] * 6
     assert "| 8B | packed |" in out
+
+
+@pytest.mark.slow
+def test_the_cpu_sampling_benchmark_runs_at_toy_size(tmp_path):
+    out = run("sample.py", "--quick", "--turns", "1", "--cases", "mixed,group,adapters", "--json", str(tmp_path / "out.json"))
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    for name, result in cases.items():
+        assert result["ratio"] > 0 and result["programs"] >= 1 and f"| {name} |" in out
+        assert 0 < result["first_token_s"]["p50"] <= result["first_token_s"]["p95"]
+        assert all(size > 0 for size in result["peak_bytes"].values())
+        assert result["torch_way"] in result["torch_ways"]
+    assert cases["group"]["cached"]["ratio"] > 0 and "cached: ratio " in out
+
+
+@pytest.mark.slow
+def test_the_accelerator_sampling_benchmark_runs_at_toy_size(tmp_path):
+    out = run("sample_gpu.py", "--smoke", "--batches", "1,4", "--json", str(tmp_path / "out.json"))
+    models = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert [result[side]["stopped"] for result in models.values() for side in result] == [None] * 4
+    assert "| 8B | 4 |" in out and "| 0.6B | 1 |" in out
