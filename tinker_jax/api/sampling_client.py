@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class SamplingClient:
-    """Samples from a base model, a checkpoint, or a snapshot of a training client. Its weights never change.
+    """Samples from a base model, a checkpoint, or the weights of a training client. They never change, except where a training
+    client made this one with `kind="inflight"`.
 
     Made by `ServiceClient.create_sampling_client`, `TrainingClient.save_weights_and_get_sampling_client` and
     `TrainingClient.create_sampling_client`. Any number of calls, from any threads and event loops, are batched together.
@@ -99,6 +100,25 @@ class SamplingClient:
         return DerivedAPIFuture(lambda response: response.prompt_logprobs, future)
 
     compute_logprobs_async = final_twin(compute_logprobs)
+
+    def warm_up(self, adapters: int = 1) -> APIFuture[int]:
+        """Compiles everything that later calls can need, whatever their lengths, stops and numbers of samples. Not in Tinker's
+        SDK; without it each program compiles at its first use.
+
+        Top-k log-probabilities, targets and alternatives of the prompt, and adapters of other ranks, still compile at their
+        first use.
+
+        Args:
+            adapters: of this client's rank, at most, that will be sampled from at the same moment.
+
+        Returns:
+            Number of compiled programs.
+        """
+        self._session.require_open()
+        if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
+            raise BadRequestError(f"adapters: expected an int >= 1, got {adapters!r}")
+        future = self._session.track(self._engine.warm_up(self._sampler_id, adapters), self)
+        return DerivedAPIFuture(lambda programs: programs, future)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
