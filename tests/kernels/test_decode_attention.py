@@ -241,17 +241,20 @@ class TestXla(PagedTests):
         assert memory.temp_size_in_bytes < sum(x.size * 4 for x in pool) / 2
 
     def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
-        """Pages that no block may touch hold NaN, smuggled past `write`."""
+        """NaN, smuggled past `write`, shows which blocks were read."""
         batch = Batch([20 * PAGE, 3 * PAGE], 1)
-        paged = self.paged(batch)
-        pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-        bad = jnp.asarray(batch.tables[:, : BLOCK // PAGE].ravel())
-        pool = jax.tree.map(lambda x: x.at[bad].set(jnp.nan), pool)
-        attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=PAGE))
-        _, second = attend(pool, batch.q, batch.tables, batch.positions)
-        assert np.isnan(second).all()
-        one = batch.take([0])
-        assert np.isfinite(attend(pool, one.q, one.tables, one.positions)).all()
+        paged, pages = self.paged(batch), BLOCK // PAGE
+
+        def read(row, poisoned, window):
+            b = batch.take([row])
+            pool = paged.write(paged.empty(b.pages), b.k, b.v, b.tables, b.written)
+            pool = jax.tree.map(lambda x: x.at[b.tables[:, poisoned].ravel()].set(jnp.nan), pool)
+            attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=window))
+            return np.isnan(attend(pool, b.q, b.tables, b.positions)).any()
+
+        first, later = slice(0, pages), slice(pages, None)
+        assert read(0, first, None) and not read(0, first, PAGE)
+        assert read(0, later, None) and not read(1, later, None)
 
 
 @pytest.mark.parametrize(("lengths", "T", "window"), [([0, PAGE + 1], 1, None), ([10, 45], 20, 7)])
