@@ -185,13 +185,13 @@ class TestXla(PagedTests):
     implementation = "xla"
 
     @pytest.mark.parametrize("block", [PAGE, 64])
-    @pytest.mark.parametrize("rows", [1, 5, None])
-    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, rows):
+    @pytest.mark.parametrize("queries", [1, 5, None])
+    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, queries):
         for T in (1, 20):
             batch = Batch([*EDGES, 0], T)
             paged = self.paged(batch)
             pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "rows_at_once": rows}
+            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "queries_at_once": queries}
             out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, **more)
             np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
 
