@@ -188,6 +188,6 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, s
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
     attend = reference_attend
     if name == "xla":
-        block, rows = (128, 16) if platform == "cpu" else (512, None)
-        attend = functools.partial(xla_attend, block=block, rows_at_once=rows)
+        block, queries = (128, 16) if platform == "cpu" else (512, None)
+        attend = functools.partial(xla_attend, block=block, queries_at_once=queries)
     return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)
