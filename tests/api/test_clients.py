@@ -375,10 +375,10 @@ def test_snapshot_options(training):
 
 def test_warm_up_counts_programs_and_checks_its_argument(training, engines):
     client = training.save_weights_and_get_sampling_client(kind="inflight").result()
-    assert client.warm_up(adapters=2).result() == 7
+    assert tinker_jax.warm_up(client, adapters=2).result() == 7
     for wrong in (0, True, 1.5):
         with pytest.raises(ValueError, match="adapters: expected an int >= 1"):
-            client.warm_up(adapters=wrong)
+            tinker_jax.warm_up(client, adapters=wrong)
 
 
 # Checkpoints

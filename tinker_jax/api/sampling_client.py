@@ -101,25 +101,6 @@ class SamplingClient:
 
     compute_logprobs_async = final_twin(compute_logprobs)
 
-    def warm_up(self, adapters: int = 1) -> APIFuture[int]:
-        """Compiles everything that later calls can need, whatever their lengths, stops and numbers of samples. Not in Tinker's
-        SDK; without it each program compiles at its first use.
-
-        Top-k log-probabilities, targets and alternatives of the prompt, and adapters of other ranks, still compile at their
-        first use.
-
-        Args:
-            adapters: of this client's rank, at most, that will be sampled from at the same moment.
-
-        Returns:
-            Number of compiled programs.
-        """
-        self._session.require_open()
-        if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
-            raise BadRequestError(f"adapters: expected an int >= 1, got {adapters!r}")
-        future = self._session.track(self._engine.warm_up(self._sampler_id, adapters), self)
-        return DerivedAPIFuture(lambda programs: programs, future)
-
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
         return tokenizer_of(self._info.directory)
@@ -145,6 +126,30 @@ class SamplingClient:
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(_WEIGHTS_LIVE_HERE)
+
+
+def warm_up(client: SamplingClient, adapters: int = 1) -> APIFuture[int]:
+    """Compiles what sampling can need, whatever the lengths, stops, temperatures and numbers of samples to come.
+
+    Without it each program compiles at its first use. Top-k log-probabilities, targets and alternatives, and adapters of another rank, still compile at their first use.
+
+    Args:
+        client: that will be sampled from, or one like it.
+        adapters: of the client's rank, at most, that will be sampled from at the same moment.
+
+    Returns:
+        Number of compiled programs.
+
+    Raises:
+        BadRequestError: `adapters` is no positive int.
+    """
+    if isinstance(client, BackcompatSamplingClientFuture):
+        client = client.result()
+    client._session.require_open()
+    if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
+        raise BadRequestError(f"adapters: expected an int >= 1, got {adapters!r}")
+    future = client._session.track(client._engine.warm_up(client._sampler_id, adapters), client)
+    return DerivedAPIFuture(lambda programs: programs, future)
 
 
 _WEIGHTS_LIVE_HERE = (
