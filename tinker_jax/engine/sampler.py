@@ -158,11 +158,14 @@ class Sampler:
         self._waiting.append(job)
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
-        """New values under the name of old ones; requests of them go on with it, on the keys and values there are."""
+        """New values under the name of old ones; requests under way go on with them, on the keys and values there are.
+
+        A request that begins later computes all of its own.
+        """
         for job in self._jobs():
             if job.weights == weights:
                 job.adapter = adapter
-        self._seats.lanes.replace(weights, adapter)
+        self._seats.replace(weights, adapter)
 
     def step(self) -> bool:
         """Admits what waits, prefills, draws one chunk, resolves what is finished.
@@ -218,9 +221,8 @@ class Sampler:
         for job in list(self._waiting):
             seated = self._sound(job)
             while seated and job.pending and seats.room > reserved:
-                sequence = Sequence(job, len(job.sequences))
-                if seated := seats.seat(sequence, copies):
-                    job.sequences.append(sequence)
+                seated = seats.seat(Sequence(job, job.begun), copies)
+                job.begun += bool(seated)
             reserved += job.pending
             if seated is None or seats.room <= reserved:
                 return
