@@ -373,7 +373,7 @@ def test_a_bfloat16_engine_trains_in_float32_and_reports_float32_logprobs(checkp
     assert len(set(scores.tolist())) > 0.9 * len(scores)  # bfloat16 would leave a few dozen values
     # Two programs may round a bfloat16 differently, which later tokens see.
     gap = prompt_logprobs(engine, "low-sampler", tokens) - scores
-    assert np.sqrt(np.mean(gap**2)) < 0.01
+    assert np.sqrt(np.mean(gap**2)) < 0.03
     request = SampleRequest(
         prompt=ModelInput.from_ints(tokens[:30]), sampling_params=SamplingParams(max_tokens=40, stop=[], seed=1)
     )

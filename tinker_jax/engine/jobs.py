@@ -79,7 +79,7 @@ class Job:
         adapter: scaled, or None.
         future: cancelled by the user at any moment.
         top: compiled width of the likeliest tokens that are reported.
-        sequences: samples that have begun.
+        begun: number of samples that ever got a place.
         done: those that ended, by number.
         scores: numbers about the prompt, or None when none is asked for.
         scored: so many of the prompt's hidden states have been read, or need not be.
@@ -91,7 +91,7 @@ class Job:
     adapter: Adapter | None
     future: Future[SampleResponse]
     top: int = 0
-    sequences: list[Sequence] = field(default_factory=list)
+    begun: int = 0
     done: dict[int, SampledSequence] = field(default_factory=dict)
     scores: PromptScores | None = None
     scored: int = 0
@@ -105,7 +105,7 @@ class Job:
     @property
     def pending(self) -> int:
         """Samples that have not begun."""
-        return self.ask.num_samples - len(self.sequences)
+        return self.ask.num_samples - self.begun
 
     def end(self, sequence: Sequence, length: int | None) -> None:
         """Ends a sequence, and with the last of them the request.

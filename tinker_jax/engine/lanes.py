@@ -70,9 +70,9 @@ class Lanes:
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
         """New values under an old name; rows that are under way go on with them."""
+        self._spans.pop(weights, None)  # also when nobody uses them now: the tree may hold the old values still
         if weights in self._adapters:
             self._adapters[weights] = adapter
-            self._spans.pop(weights, None)
 
     def span(self, weights: Hashable) -> tuple[int, int]:
         """First lane of these weights, and the one after their last, in `tree`; (0, 0) for the base model."""

@@ -159,15 +159,16 @@ class Sampler:
         self._waiting.append(job)
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
-        """New values under the name of old ones; requests of them go on with it, on the keys and values there are."""
+        """New values under the name of old ones; requests under way go on with them, on the keys and values there are.
+
+        A request that begins later computes all of its own.
+        """
         jobs = [job for job in self._jobs() if job.weights == weights]
-        if not jobs:
-            return
-        if not self._seats.lanes.finite(adapter):
+        if jobs and not self._seats.lanes.finite(adapter):
             self._fail(jobs, InternalServerError(_NOT_FINITE))
         for job in jobs:
             job.adapter = adapter
-        self._seats.lanes.replace(weights, adapter)
+        self._seats.replace(weights, adapter)
 
     def warm_up(self, adapter: Adapter | None, adapters: int = 1) -> int:
         """Compiles what requests of any length, stop rule, temperature and number of samples can need.
@@ -249,9 +250,8 @@ class Sampler:
         for job in list(self._waiting):
             seated = self._sound(job)
             while seated and job.pending and seats.room > reserved:
-                sequence = Sequence(job, len(job.sequences))
-                if seated := seats.seat(sequence, copies):
-                    job.sequences.append(sequence)
+                seated = seats.seat(Sequence(job, job.begun), copies)
+                job.begun += bool(seated)
             reserved += job.pending
             if seated is None or seats.room <= reserved:
                 return

@@ -5,6 +5,7 @@ Pure bookkeeping on the host; no device is touched here.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Hashable
 
 import numpy as np
@@ -14,6 +15,7 @@ from tinker_jax.engine.jobs import Job, Sequence
 from tinker_jax.engine.lanes import Lanes
 from tinker_jax.engine.pages import PagePool
 from tinker_jax.kernels.decode_attention import PAGE
+from tinker_jax.lora import Adapter
 
 
 def pages_for(tokens: int) -> int:
@@ -45,6 +47,7 @@ class Seats:
         self._most_pages, self._deterministic = pages_for(context), deterministic
         self._pools = [PagePool(pages) for _ in range(parts)]
         self._seated = 0  # sequences that ever got a place
+        self._changes: collections.Counter[Hashable] = collections.Counter()  # of the values that go by a name
 
     @property
     def room(self) -> int:
@@ -66,6 +69,11 @@ class Seats:
             self.pause(sequence)
         self._pools = [PagePool(self._pages) for _ in self._pools]
 
+    def replace(self, weights: Hashable, adapter: Adapter) -> None:
+        """New values under an old name: no page computed under the old ones will be shared again."""
+        self._changes[weights] += 1
+        self.lanes.replace(weights, adapter)
+
     def seat(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool | None:
         """Gives a sequence its pages, those that are known already among them.
 
@@ -77,7 +85,7 @@ class Seats:
             return None
         part, shared, parent = self._choose(sequence)
         pool, rows = self._pools[part], self._rows_of(part)
-        twin = None if sequence.drawn else next((s for s in job.sequences if s.pages and s.part == part), None)
+        twin = None if sequence.drawn else next((s for s in self.working if s.job is job and s.part == part), None)
         if (twin and twin.computed < end) or self._coming(part, sequence, len(shared), parent):
             return False
         own = pages_for(job.ask.need if self._deterministic else sequence.length) - len(shared)
@@ -122,7 +130,7 @@ class Seats:
     def _known(self, part: int, sequence: Sequence) -> tuple[list[int], Hashable]:
         """Pages that hold the beginning of a sequence, and what stands for the last of them in a key."""
         job, pool = sequence.job, self._pools[part]
-        parent, pages, end = job.weights, [], sequence.length - 1
+        parent, pages, end = (job.weights, self._changes[job.weights]), [], sequence.length - 1
         if not sequence.index:
             end = min(end, job.scored) if job.scored < len(job.ask.prompt) - 1 else end
         while (len(pages) + 1) * PAGE <= end and (page := pool.find(_key(sequence, len(pages), parent))):
