@@ -204,6 +204,18 @@ class TestXla(PagedTests):
         out = batch.run(paged, sinks_N=jnp.linspace(-2, 3, 4))
         np.testing.assert_allclose(out, alone, rtol=0, atol=self.tolerance)
 
+    @pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "fsdp": 2}])
+    def test_a_pool_lies_where_it_is_written_however_it_was_made(self, axes):
+        batch = Batch([3] * 8, 1, parts=1 if axes is None else axes.get("data", 1) * axes["fsdp"])
+        paged = self.paged(batch, axes)
+        write = jax.jit(paged.write, donate_argnums=0)
+        for pool in (paged.empty(batch.pages), jax.jit(lambda: paged.empty(batch.pages))()):
+            before = pool.k.sharding
+            for _ in range(2):
+                pool = write(pool, batch.k, batch.v, batch.tables, batch.written)
+            assert pool.k.sharding == before and len(before.device_set) == paged.mesh.size
+        assert write._cache_size() == 1
+
     @pytest.mark.parametrize("T", [1, 16])
     @pytest.mark.parametrize("window", [None, 40])
     def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self, T, window):

@@ -1,4 +1,4 @@
-"""Attention over pages compiles for TPU slices with Pallas' kernel, and moves nothing of the pool's size."""
+"""Attention over pages compiles for TPU slices, with Pallas' kernel, and for one H200, and moves nothing of the pool's size."""
 
 import os
 
@@ -10,8 +10,6 @@ from jax.experimental import topologies
 
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import PAGE, paged_attention_on
-
-pytestmark = pytest.mark.tpu_aot
 
 HEADS = (32, 8, 128)  # of Qwen3-8B
 
@@ -43,6 +41,14 @@ def lower_steps(mesh, R, T, tokens):
     return jax.jit(steps, donate_argnums=0).lower(pool, q, k, v, tables, positions), pool
 
 
+def check_pool_stays(compiled, pool, devices):
+    memory = compiled.memory_analysis()
+    pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool)) // devices
+    assert memory.alias_size_in_bytes >= pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 4
+
+
+@pytest.mark.tpu_aot
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 1, 8), (1, 16, 1)])
 @pytest.mark.parametrize(("R", "T", "tokens"), [(64, 1, 4096), (16, 256, 4096)])
@@ -54,7 +60,16 @@ def test_decode_and_prefill_of_qwen3_8b_hold_the_ragged_kernel_and_leave_the_poo
     compiled = lowered.compile()
     text = compiled.as_text()
     assert "ragged_paged_attention_kernel" in text and "tpu_custom_call" in text
-    memory = compiled.memory_analysis()
-    pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool)) // mesh.size
-    assert memory.alias_size_in_bytes >= pool_bytes
-    assert memory.temp_size_in_bytes < pool_bytes / 4
+    check_pool_stays(compiled, pool, mesh.size)
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.timeout(3000)
+def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(monkeypatch):
+    pytest.importorskip("jax_cuda13_plugin")
+    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    mesh = aot.mesh_of(
+        topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices, (1, 1, 1)
+    )
+    lowered, pool = lower_steps(mesh, 64, 1, 4096)
+    check_pool_stays(lowered.compile(), pool, 1)

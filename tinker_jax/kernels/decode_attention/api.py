@@ -66,10 +66,10 @@ class PagedAttention:
         Args:
             pages: of each part of the rows, page 0 among them; arrays hold `pages · parts(mesh, "rows")` of them.
         """
-        pool = jax.eval_shape(lambda: self.backend.empty(pages * sharding.parts(self.mesh, "rows"), self.K))
         heads = "kv_heads" if self._heads() else None
         where = sharding.named(self.mesh, ("rows", *[None] * (self.backend.heads_axis - 1), heads))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=where), pool)
+        count = pages * sharding.parts(self.mesh, "rows")
+        return jax.jit(lambda: self.backend.empty(count, self.K), out_shardings=where)()
 
     def pages(self, pool: Any) -> int:
         """Pages of a pool, of each part of the rows."""
