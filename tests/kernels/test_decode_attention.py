@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, ragged, xla
 
-BLOCK = 128  # positions of one step of the loop on a CPU
+BLOCK = PAGE  # positions of one step of the loop on a CPU
 
 
 class Batch:
@@ -184,14 +184,14 @@ class PagedTests:
 class TestXla(PagedTests):
     implementation = "xla"
 
-    @pytest.mark.parametrize("block", [PAGE, 64])
-    @pytest.mark.parametrize("queries", [1, 5, None])
-    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, queries):
+    @pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
+    @pytest.mark.parametrize("rows", [1, 5, None])
+    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, rows):
         for T in (1, 20):
             batch = Batch([*EDGES, 0], T)
             paged = self.paged(batch)
             pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "queries_at_once": queries}
+            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "rows_at_once": rows}
             out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, **more)
             np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
 
@@ -254,7 +254,7 @@ class TestXla(PagedTests):
 
     def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
         """NaN, smuggled past `write`, shows which blocks were read."""
-        batch = Batch([20 * PAGE, 3 * PAGE], 1)
+        batch = Batch([20 * PAGE, PAGE], 1)
         paged, pages = self.paged(batch), BLOCK // PAGE
 
         def read(row, poisoned, window):

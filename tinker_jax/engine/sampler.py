@@ -36,7 +36,7 @@ from tinker_jax.types.errors import BadRequestError, InternalServerError
 from tinker_jax.types.model_input import ModelInput
 from tinker_jax.types.sampling import SampleRequest, SampleResponse, SamplingParams
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows a decode program is compiled for. On accelerators, which wait for the weights whatever the rows, only every other."""
 _ROWS_ACCELERATOR = (8, 32, 128, 256)
 _ROWS_DETERMINISTIC = (64,)
@@ -209,7 +209,7 @@ class Sampler:
             self._admit()
             unready = [sequence for sequence in self._seats.working if not sequence.ready]
             # While rows decode, one call: they shall not wait for a long prompt. A crowd that begins goes first.
-            if not unready or (call and 2 * len(unready) <= len(self._seats.working)):
+            if not unready or (call and 2 * len(unready) < len(self._seats.working)):
                 break
             self._prefill(unready)
         else:

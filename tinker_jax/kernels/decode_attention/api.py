@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention.pages import empty_pages, write_pages
+from tinker_jax.kernels.decode_attention.pages import PAGE, empty_pages, write_pages
 from tinker_jax.kernels.decode_attention.reference import reference_attend
 from tinker_jax.kernels.decode_attention.xla import xla_attend
 
@@ -188,6 +188,6 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, s
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
     attend = reference_attend
     if name == "xla":
-        block, queries = (128, 16) if platform == "cpu" else (512, None)
-        attend = functools.partial(xla_attend, block=block, queries_at_once=queries)
+        block, rows = (PAGE, 16) if platform == "cpu" else (512, None)
+        attend = functools.partial(xla_attend, block=block, rows_at_once=rows)
     return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)

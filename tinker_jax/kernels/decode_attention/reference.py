@@ -21,7 +21,9 @@ def reference_attend(
     """See `PagedAttention.attend`; everything is float32."""
     R, T, N, H = q_RTNH.shape
     K = pages.k.shape[1]
-    k_RKSH, v_RKSH = (x[tables_RW].swapaxes(1, 2).reshape(R, K, -1, H).astype(jnp.float32) for x in pages)
+    k_RKSH, v_RKSH = (
+        x[tables_RW].swapaxes(1, 2).reshape(R, K, -1, H).astype(jnp.float32) for x in (pages.k.swapaxes(2, 3), pages.v)
+    )
     q_RTKGH = q_RTNH.reshape(R, T, K, N // K, H).astype(jnp.float32)
     scores_RKGTS = jnp.einsum("RTKGH,RKSH->RKGTS", q_RTKGH, k_RKSH, precision="highest") * scale
     keys = jnp.arange(k_RKSH.shape[2])[None, None]

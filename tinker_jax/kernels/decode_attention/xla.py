@@ -24,14 +24,14 @@ def xla_attend(
     scale: float,
     window: int | None,
     block: int,
-    queries_at_once: int | None,
+    rows_at_once: int | None,
 ) -> jax.Array:
     """See `PagedAttention.attend`.
 
     Args:
         pages: pool; the rest as there.
         block: positions of one step of the loop, a multiple of `PAGE`.
-        queries_at_once: about so many queries share a loop, those of one row in any case; None: all. What a loop works on then
+        rows_at_once: so many rows share a loop, fewer when they have many queries; None: all. What a loop works on then
             stays in a CPU's cache, and rows of like length share one.
     """
     R, T, N, H = q_RTNH.shape
@@ -42,8 +42,9 @@ def xla_attend(
     if sinks_N is not None:
         sink_KGT = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(K, G, 1), (K, G, T))
 
-    def gathered(pool, ids_RW):
-        return pool[ids_RW].swapaxes(1, 2).reshape(ids_RW.shape[0], K, C, H)
+    def gathered(ids_RW):
+        k, v = (x.at[ids_RW].get(mode="promise_in_bounds", wrap_negative_indices=False) for x in pages)
+        return k.transpose(0, 2, 3, 1, 4).reshape(-1, K, H, C), v.swapaxes(1, 2).reshape(-1, K, C, H)
 
     def tile(xs):
         q_RTNH, tables_RW, positions_RT = xs
@@ -53,10 +54,10 @@ def xla_attend(
         def step(carry):
             i, top, total, acc = carry
             ids = jax.lax.dynamic_slice_in_dim(tables_RW, i * W, W, axis=1)
-            k_RKCH, v_RKCH = gathered(pages.k, ids), gathered(pages.v, ids)
+            k_RKHC, v_RKCH = gathered(ids)
             keys = (i * C + jnp.arange(C, dtype=jnp.int32))[None, None]
             seen = visible(keys, positions_RT[:, :, None], window)[:, None, None]
-            s = jnp.einsum("RKGTH,RKCH->RKGTC", q_RKGTH, k_RKCH, preferred_element_type=jnp.float32) * scale
+            s = jnp.einsum("RKGTH,RKHC->RKGTC", q_RKGTH, k_RKHC, preferred_element_type=jnp.float32) * scale
             new_top = jnp.maximum(top, jnp.max(jnp.where(seen, s, _MASKED), axis=-1))
             p = jnp.where(seen, jnp.exp(s - new_top[..., None]), 0)
             shrink = jnp.exp(top - new_top)
@@ -75,7 +76,7 @@ def xla_attend(
         out = acc / jnp.where(total == 0, 1, total)[..., None]
         return out.transpose(0, 3, 1, 2, 4).reshape(rows, T, N, H).astype(q_RTNH.dtype)
 
-    rows = R if queries_at_once is None else min(R, max(1, queries_at_once // T))
+    rows = R if rows_at_once is None else min(R, rows_at_once, max(1, 16 * rows_at_once // T))
     padding = ((0, -R % rows), (0, 0))
     positions_RT = jnp.pad(positions_RT, padding, constant_values=-1)
     xs = (jnp.pad(q_RTNH, (*padding, (0, 0), (0, 0))), jnp.pad(tables_RW, padding), positions_RT)
