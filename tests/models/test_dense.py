@@ -49,19 +49,18 @@ def test_forward_and_extend_match_transformers(family):
         h_MD, pool = decoder.extend(tokens, positions, tables, pool, paged=paged, layers=layers)
         return logits(cfg, params, h_MD).reshape(*tokens.shape, -1), pool
 
-    # A chunk, a shorter one beside a longer one, then token by token; layers scanned and one by one.
-    for start, ends, unstacked in [
-        (0, (30, 30), False),
-        (30, (60, 45), True),
-        *((t, (t + 1,) * 2, True) for t in range(60, T)),
-    ]:
-        begin = np.array([start, 45 if (start, ends) == (60, (61, 61)) else start])
-        counts = np.array(ends) - begin
-        positions = np.where(np.arange(counts.max()) < counts[:, None], begin[:, None] + np.arange(counts.max()), -1)
+    # A chunk, a shorter one beside a longer one, token by token; layers scanned and one by one.
+    starts = np.zeros(2, int)
+    for step, counts in enumerate([(30, 30), (30, 15), (1, 16), *[(1, 1)] * (T - 61)]):
+        counts = np.array(counts)
+        column = np.arange(counts.max())
+        positions = np.where(column < counts[:, None], starts[:, None] + column, -1)
         tokens = np.take_along_axis(ids, np.maximum(positions, 0), axis=1)
-        ours, pool = extend(params, tokens, positions, pool, unstacked)
+        ours, pool = extend(params, tokens, positions, pool, unstacked=step > 0)
         for r in range(2):
-            np.testing.assert_allclose(ours[r, : counts[r]], expected[r, begin[r] : ends[r]], atol=1e-4)
+            np.testing.assert_allclose(ours[r, : counts[r]], expected[r, starts[r] : starts[r] + counts[r]], atol=1e-4)
+        starts += counts
+    assert starts.tolist() == [T, T]
 
 
 def test_bfloat16_weights_stay_close_to_float32():
