@@ -148,7 +148,7 @@ def test_what_is_needed_pushes_the_oldest_of_what_is_only_remembered_out(sampler
         (response,) = run(small(), ask(p, max_tokens=6, stop=[], seed=0), weights=name)
         hits[key] = response.prompt_cache_hit_tokens
         check(model()[0], p, response)
-    assert hits["new"] > hits["old"] == 0
+    assert hits == {"new": 96, "old": 32}  # 12 of 24 pages were free, 16 were needed
 
 
 def test_a_failure_forgets_every_page(sampler, monkeypatch):
