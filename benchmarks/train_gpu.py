@@ -16,10 +16,11 @@ FLOPs a token (LoRA has no gradients of frozen weights to compute, so a product 
     model     4 · N_matmul + 3 · A     N_matmul: parameters of the layers' linears and the head, embedding left out
                                        A: forward causal attention, 2 · L · N · H · mean over tokens of (document length + 1)
     hardware  model + 2 · N_head (logits are computed again) + A / 2 (scores are computed again) + what rematerialisation
-              repeats: 2 · N of the linears but down_proj, and with `full` also A
+              repeats: with `attention` and `full` 2 · N of the layers' linears but down_proj; with `full`, and on a GPU in
+              any case, because cuDNN's results cannot be kept, A. `none` repeats elementwise work only, which is not counted
 
 MFU is model FLOPs over time and the chip's dense bfloat16 peak (`--peak`), hardware utilisation the same with hardware FLOPs;
-the adapter's own products, about a hundredth, are not counted. Peak memory is the allocator's, for ours that of all layouts up
+the adapter's own products, a hundredth or two, are not counted. Peak memory is the allocator's, for ours that of all layouts up
 to the one shown.
 
     python benchmarks/train_gpu.py [--models 8B,0.6B] [--minutes 10] [--json out.json] [--profile DIR]
@@ -61,13 +62,14 @@ def documents(layout: str, smoke: bool) -> tuple[int, ...]:
 # ---- arithmetic ----
 
 
-def flops_per_token(cfg: DecoderConfig, lengths: Sequence[int], remat: str | None = None) -> float:
+def flops_per_token(cfg: DecoderConfig, lengths: Sequence[int], remat: str | None = None, platform: str = "gpu") -> float:
     """Floating-point operations of LoRA training by the formula at the top of this file.
 
     Args:
         cfg: shape of the model.
         lengths: tokens of each document.
         remat: policy whose hardware FLOPs are wanted; None: model FLOPs.
+        platform: where it ran.
     """
     down = cfg.D * cfg.F
     linear = cfg.L * (2 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.K * cfg.H + 3 * down)
@@ -76,8 +78,8 @@ def flops_per_token(cfg: DecoderConfig, lengths: Sequence[int], remat: str | Non
     model = 4 * (linear + head) + 3 * attention
     if remat is None:
         return model
-    again = {"none": 0, "attention": 2 * (linear - cfg.L * down), "full": 2 * (linear - cfg.L * down) + attention}
-    return model + 2 * head + attention / 2 + again[remat]
+    again = 2 * (linear - cfg.L * down) * (remat != "none") + attention * (remat == "full" or platform == "gpu")
+    return model + 2 * head + attention / 2 + again
 
 
 # ---- sides, each in a child ----
@@ -93,7 +95,8 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
     from tinker_jax.types import LoraConfig
 
     mesh = sharding.make_mesh()
-    plan = memory.plan(cfg, 2, memory.device_bytes(), mesh.shape)
+    platform = mesh.devices.flat[0].platform
+    plan = memory.plan(cfg, 2, memory.device_bytes(), mesh.shape, platform)
     trainer = Trainer(cfg, _qwen3.random_weights(cfg, mesh), mesh, plan)
     for layout in layouts:
         lengths = documents(layout, smoke)
@@ -105,6 +108,7 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
         yield {
             "layout": layout,
             "device": jax.devices()[0].device_kind,
+            "platform": platform,
             "tokens_per_s": sum(lengths) / later,
             "first_step_s": first,
             "step_s": later,
@@ -232,7 +236,8 @@ def rows(name: str, cfg: DecoderConfig, result: dict[str, Any], args: argparse.N
             yield [name, layout, result["ours"]["stopped"] or "–", *["–"] * (len(HEADER) - 3)]
             continue
         lengths, rate = documents(layout, args.smoke), ran["tokens_per_s"]
-        use = [100 * rate * flops_per_token(cfg, lengths, remat) / (1e12 * args.peak) for remat in (None, ran["remat"])]
+        flops = flops_per_token(cfg, lengths), flops_per_token(cfg, lengths, ran["remat"], ran["platform"])
+        use = [100 * rate * x / (1e12 * args.peak) for x in flops]
         warm_s = f"{warm['first_step_s']:.1f} s" if warm else "–"
         yield [
             name,

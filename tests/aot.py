@@ -17,6 +17,21 @@ from tinker_jax.types import LoraConfig
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
 LORA = LoraConfig(rank=32)
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+"""What XLA has to know of the card to compile for it."""
 
 
 def mesh_of(devices, shape: tuple[int, int, int]) -> Mesh:

@@ -2,22 +2,31 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import _sides
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
 import sample_gpu
 import train
 import train_gpu
+from jaxprs import equations
 
+from tinker_jax import lora
 from tinker_jax.engine.memory import base_bytes
+from tinker_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from tinker_jax.models import dense
+from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.types import SampleResponse
 
 BENCHMARKS = Path(train.__file__).parent
@@ -42,9 +51,36 @@ def test_the_flops_of_a_small_model_are_those_written_out():
     assert train_gpu.flops_per_token(cfg, [10, 30]) == model
     none = model + 2 * head + scores_and_values / 2
     again = 2 * (linear - 2 * 64 * 96)
-    assert train_gpu.flops_per_token(cfg, [10, 30], "none") == none
-    assert train_gpu.flops_per_token(cfg, [10, 30], "attention") == none + again
-    assert train_gpu.flops_per_token(cfg, [10, 30], "full") == none + again + scores_and_values
+    assert train_gpu.flops_per_token(cfg, [10, 30], "none", "tpu") == none
+    assert train_gpu.flops_per_token(cfg, [10, 30], "attention", "tpu") == none + again
+    assert train_gpu.flops_per_token(cfg, [10, 30], "full", "tpu") == none + again + scores_and_values
+    for remat, more in (("none", 0), ("attention", again), ("full", again)):
+        assert train_gpu.flops_per_token(cfg, [10, 30], remat, "gpu") == none + more + scores_and_values
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+def test_the_hardware_flops_of_frozen_products_are_those_of_the_traced_step(remat):
+    cfg, M = train_gpu.SMOKE_MODEL, 256
+    params = {w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.float32) for w in weights(cfg)}
+    decoder_and_head = jax.make_jaxpr(jax.grad(partial(loss_of, cfg=cfg, remat=remat), argnums=1))
+    adapter = lora.abstract(lora_targets(cfg), 8, ("attn", "mlp"))
+    ids = jax.ShapeDtypeStruct((1, M), jnp.int32)
+    ranks, frozen = {8, 16, 24}, 0  # linears that read the same tokens share one product with their adapters
+    for equation in equations(decoder_and_head(params, adapter, ids)):
+        shapes = [x.aval.shape for x in equation.invars]
+        if equation.primitive.name == "dot_general" and all(len(s) == 2 and not ranks & {*s} for s in shapes):
+            ((contracted, _), _), (result,) = equation.params["dimension_numbers"], equation.outvars
+            in_layer = cfg.V not in (*shapes[0], *shapes[1])
+            frozen += 2 * math.prod((*result.aval.shape, shapes[0][contracted[0]])) * (cfg.L if in_layer else 1)
+    scores_and_values = 2 * cfg.L * cfg.N * cfg.H * (M + 1)
+    attention = (3.5 + (remat == "full")) * scores_and_values
+    assert frozen / M == train_gpu.flops_per_token(cfg, [M], remat, "tpu") - attention
+
+
+def loss_of(params, adapter, ids, *, cfg, remat):
+    decoder = dense.Decoder(cfg, params)
+    h_MD, _ = decoder.forward(ids, ids, ids, adapter, remat=remat)
+    return jnp.sum(linear_cross_entropy(h_MD, dense.unembedding(cfg, params), ids.reshape(-1, 1)).logprobs_MK)
 
 
 def test_packed_documents_fill_their_rows():
@@ -59,6 +95,7 @@ def test_both_sides_of_the_accelerator_benchmark_run_at_toy_size(tmp_path):
     result = {kind: {"layouts": {line.pop("layout"): line for line in lines}} for kind, lines in ran.items()}
     assert list(result["ours"]["layouts"]) == layouts and list(result["torch"]["layouts"]) == ["4096"]
     assert all((tmp_path / layout).exists() for layout in layouts)
+    assert result["ours"]["layouts"]["4096"]["token_budget"] == 2048  # the plan is one for this platform
     result["warm"] = {"layouts": {}}
     args = argparse.Namespace(layouts=layouts, smoke=True, peak=1e-3)
     packed, full = train_gpu.rows("toy", cfg, result, args)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinker_jax.api.custom_loss import LossHandle, PerDatumLossFn
     from tinker_jax.api.futures import APIFuture
     from tinker_jax.api.rest_client import RestClient
-    from tinker_jax.api.sampling_client import BackcompatSamplingClientFuture, SamplingClient
+    from tinker_jax.api.sampling_client import BackcompatSamplingClientFuture, SamplingClient, warm_up
     from tinker_jax.api.service_client import ServiceClient
     from tinker_jax.api.training_client import BackcompatTrainingClientFuture, TrainingClient
     from tinker_jax.engine.config import EngineConfig
@@ -86,6 +86,7 @@ _HOMES = {
     "SamplingClient": "tinker_jax.api.sampling_client",
     "ServiceClient": "tinker_jax.api.service_client",
     "TrainingClient": "tinker_jax.api.training_client",
+    "warm_up": "tinker_jax.api.sampling_client",
 }
 
 __title__ = "tinker_jax"
@@ -153,6 +154,7 @@ __all__ = [
     "__version__",
     "checkpoints",
     "types",
+    "warm_up",
 ]
 
 

@@ -100,8 +100,11 @@ class FakeEngine:
         path = f"tinker://{run_id}/sampler_weights/{name}"
         return self._run(("save_sampler", model_id, name, ttl_seconds, user_metadata), path)
 
-    def snapshot(self, model_id: str, sampler_id: str) -> Future[None]:
-        return self._run(("snapshot", model_id, sampler_id))
+    def snapshot(self, model_id: str, sampler_id: str, *, inflight: bool = False) -> Future[None]:
+        return self._run(("inflight" if inflight else "snapshot", model_id, sampler_id))
+
+    def warm_up(self, sampler_id: str, adapters: int) -> Future[int]:
+        return self._run(("warm_up", sampler_id, adapters), 7)
 
     def load_sampler(self, sampler_id: str, path: str | None) -> Future[None]:
         return self._run(("load_sampler", sampler_id, path))

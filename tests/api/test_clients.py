@@ -367,12 +367,18 @@ def test_create_sampling_client_needs_a_model(service):
 
 
 def test_snapshot_options(training):
-    with pytest.raises(tinker_jax.UnsupportedError, match="use kind='snapshot'"):
-        training.save_weights_and_get_sampling_client(kind="inflight")
-    with pytest.raises(ValueError, match="kind: expected 'snapshot'"):
+    with pytest.raises(ValueError, match="kind: expected 'snapshot' or 'inflight', got 'other'"):
         training.save_weights_and_get_sampling_client(kind="other")
     with pytest.warns(DeprecationWarning, match="name"):
         training.save_weights_and_get_sampling_client("x", record_stability_info=True).result()
+
+
+def test_warm_up_counts_programs_and_checks_its_argument(training, engines):
+    client = training.save_weights_and_get_sampling_client(kind="inflight").result()
+    assert tinker_jax.warm_up(client, adapters=2).result() == 7
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match="adapters: expected an int >= 1"):
+            tinker_jax.warm_up(client, adapters=wrong)
 
 
 # Checkpoints

@@ -21,7 +21,7 @@ NOT_EXPORTED = {
     "auth": "nobody logs in",
 }
 
-OURS_ALONE = {"EngineConfig", "StorageError", "UnsupportedError", "checkpoints"}
+OURS_ALONE = {"EngineConfig", "StorageError", "UnsupportedError", "checkpoints", "warm_up"}
 
 # Types of the wire protocol and of cloud accounts: nothing in process makes or takes them.
 TYPES_NOT_HERE = re.compile(

@@ -186,6 +186,16 @@ def test_an_optimiser_step_that_does_not_fit_is_refused_and_keeps_the_gradients(
     np.testing.assert_array_equal(results([gradients, engine.optim_step("tried", STEP)]), calm)
 
 
+def test_the_gradients_of_an_optimiser_step_that_broke_are_there_for_the_next_one(engine, monkeypatch):
+    calm = results([forward_backward(engine, "calm", 0), engine.optim_step("calm", STEP)])
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", failing(jax.device_get, {1}, jax.errors.JaxRuntimeError("INTERNAL: broken")))
+        gradients, *steps = forward_backward(engine, "tried", 0), *(engine.optim_step("tried", STEP) for _ in range(2))
+        with pytest.raises(RequestFailedError, match="INTERNAL: broken"):
+            steps[0].result(120)
+        np.testing.assert_array_equal(results([gradients, steps[1]]), calm)
+
+
 def test_another_failure_on_the_device_takes_its_own_step_along_and_no_other(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_get", failing(jax.device_get, {0}, jax.errors.JaxRuntimeError("INTERNAL: broken")))

@@ -26,3 +26,29 @@ def test_a_script_that_ends_with_requests_under_way_exits_at_once_and_silently(c
     assert done.returncode in (code, -2 if code == 130 else code)
     noise = [line for line in done.stderr.splitlines() if line.strip() and "Loading" not in line]
     assert not noise or (code == 130 and noise[-1].startswith("KeyboardInterrupt") and len(noise) < 6), done.stderr
+
+
+CUSTOM = """
+import threading, time, tinker_jax as tinker
+import jax.numpy as jnp
+service = tinker.ServiceClient()
+client = service.create_lora_training_client(base_model={model!r}, rank=2).result()
+data = [tinker.Datum(tinker.ModelInput.from_ints([5, 6, 7]), {{"target_tokens": [6, 7, 8]}})]
+begun = threading.Event()
+
+def loss(data, logprobs):
+    begun.set()
+    x, end = jnp.ones((300, 300)), time.monotonic() + 2
+    while time.monotonic() < end:
+        x = jnp.sin(x @ x)
+    return -sum(lp.sum() for lp in logprobs), {{}}
+
+client.forward_backward_custom(data, loss, backend="jax")
+begun.wait()
+"""
+
+
+def test_a_script_that_ends_while_its_own_loss_computes_exits_cleanly(checkpoint):
+    script = CUSTOM.format(model=str(checkpoint("qwen3")))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr

@@ -40,7 +40,9 @@ def test_a_failed_request_does_not_block_the_next(worker):
 def test_an_unexpected_error_arrives_typed_with_its_cause(worker):
     with pytest.raises(RequestFailedError, match="ZeroDivisionError") as caught:
         worker.submit("a", lambda: 1 // 0).result(5)
-    assert caught.value.category == "server" and isinstance(caught.value.__cause__, ZeroDivisionError)
+    cause = caught.value.__cause__
+    assert caught.value.category == "server" and isinstance(cause, ZeroDivisionError)
+    assert "lambda: 1 // 0" in cause.__notes__[0]  # where it was raised, as text
 
 
 def test_a_cancelled_request_never_runs(worker):
@@ -186,11 +188,47 @@ def test_a_custom_loss_under_way_when_the_worker_closes_does_not_leave_its_calle
     custom = worker.submit("a", lambda: Detour(outside, lambda _: "inside"))
     later = worker.submit("a", lambda: 1)
     assert begun.wait(5)
-    worker.close()
+    closer = threading.Thread(target=worker.close)
+    closer.start()
     with pytest.raises(RequestFailedError, match="closed while the caller's own loss ran"):
         custom.result(5)
-    assert later.cancelled()
+    while not later.cancelled():
+        time.sleep(0.001)
+    assert closer.is_alive()  # a thread that runs when the interpreter ends may take the process down
     gate.set()
+    closer.join(5)
+    assert "tinker_jax-custom-loss" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_callbacks_of_a_custom_loss_that_ends_while_the_worker_closes_may_use_the_worker():
+    worker = Worker("test", lambda: None, lambda: False)
+    begun, gate, ended = (threading.Event() for _ in range(3))
+    stuck = []
+
+    def outside():
+        begun.set()
+        gate.wait(5)
+
+    def refused():
+        with pytest.raises(RuntimeError, match="closed"):
+            worker.submit("b", lambda: None)
+
+    def submit_elsewhere(_):
+        other = threading.Thread(target=refused)
+        other.start()
+        other.join(3)
+        stuck.append(other.is_alive())
+        ended.set()
+
+    def hold_close_back(_):
+        gate.set()
+        ended.wait(5)
+
+    worker.submit("a", lambda: Detour(outside, lambda _: None)).add_done_callback(submit_elsewhere)
+    worker.submit("a", lambda: 1).add_done_callback(hold_close_back)
+    assert begun.wait(5)
+    worker.close()
+    assert stuck == [False]
 
 
 def test_close_hands_over_to_the_background_what_it_has_not_finished():
@@ -233,6 +271,21 @@ def test_a_failed_start_ends_the_thread_and_lets_go_of_what_it_had_loaded():
     assert not [t for t in threading.enumerate() if t.name == "test-failed-start"]
     with pytest.raises(BadRequestError, match="out of memory"):
         worker.submit("a", lambda: 1).result(5)
+
+
+def test_a_request_cancelled_before_a_failed_start_counts_as_done_for_those_who_wait_for_several():
+    gate = threading.Event()
+
+    def start():
+        gate.wait(5)
+        raise BadRequestError("no such model")
+
+    worker = Worker("test", start, lambda: False)
+    cancelled, failed = worker.submit("a", lambda: 1), worker.submit("a", lambda: 2)
+    assert cancelled.cancel()
+    gate.set()
+    assert concurrent.futures.wait([cancelled, failed], timeout=5).not_done == set()
+    worker.close()
 
 
 def test_a_forked_process_is_told_that_the_thread_is_not_there(worker, monkeypatch):
@@ -365,6 +418,85 @@ def test_steps_end_in_the_order_of_their_submission_whatever_the_device_does(dev
     device.finish("1")
     second.result(5)
     assert ends == ["1", "2"]
+
+
+def test_a_request_that_is_taken_from_the_queue_while_a_read_fails_is_not_lost(worker, device):
+    taken, pop = threading.Event(), worker._pop
+
+    def recording():
+        request = pop()
+        if request is not None and request.lane == "next":
+            taken.set()
+        return request
+
+    class Wake(threading.Condition):
+        """Lets the read fail between the worker's taking a request and its next look around."""
+
+        def __exit__(self, *args):
+            super().__exit__(*args)
+            if threading.current_thread() is worker._thread and taken.is_set():
+                taken.clear()
+                device.finish("1")
+                while not worker._unreadable:
+                    time.sleep(0.001)
+
+    worker._pop = recording
+    failed = device.submit("1", errors=[ZeroDivisionError()])
+    device.until("dispatch 1")
+    worker._wake.__class__ = Wake
+    worker.submit("b", lambda: None).result(5)
+    assert worker.submit("next", lambda: 7).result(5) == 7
+    with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+        failed.result(5)
+
+
+def test_a_step_that_fails_at_once_waits_for_those_before_it_which_may_be_to_blame(device):
+    first = device.submit("1", errors=[ZeroDivisionError()])
+    errors = [BadRequestError("no gradients")]
+
+    def run():
+        device.log.append("dispatch 2")
+        if errors:
+            raise errors.pop()
+        return Pending(lambda: "2", lambda: None)
+
+    second = device.worker.submit("a", run, overlaps=True)
+    device.until("dispatch 2")
+    device.finish("1")
+    with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+        first.result(5)
+    assert second.result(5) == "2"
+    assert device.log == ["dispatch 1", "dispatch 2", "read 1", "undo 1", "dispatch 2"]
+
+
+@pytest.mark.parametrize("where", ["dispatch", "read", "refusal", "second attempt"])
+def test_an_error_holds_nothing_of_the_step_that_raised_it(where):
+    class Values:
+        pass
+
+    alive = []
+
+    def run():
+        values = Values()
+        alive.append(weakref.ref(values))
+        if where == "dispatch":
+            raise ZeroDivisionError
+
+        def read():
+            if where == "refusal":
+                raise BadRequestError(f"{values}")
+            raise ZeroDivisionError(f"{values}")
+
+        return Pending(read, lambda: values).then(str)
+
+    attempts = [] if where == "second attempt" else [1]
+    recover = lambda error, again: error if attempts else attempts.append(1)  # noqa: E731
+    worker = Worker("test", lambda: None, lambda: False, recover=recover)
+    error = worker.submit("a", run, overlaps=True).exception(5)
+    worker.submit("a", lambda: None).result(5)
+    worker.close()
+    assert error is not None and len(alive) == 1 + (where == "second attempt")
+    assert [ref() for ref in alive] == [None] * len(alive)
 
 
 def test_close_waits_until_the_reader_has_let_go_of_what_it_read():

@@ -1,12 +1,17 @@
 """Every backend of attention over pages equals the plain formula."""
 
+import functools
+import logging
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, xla
+from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, ragged, xla
 
 BLOCK = 128  # positions of one step of the loop on a CPU
 
@@ -45,16 +50,25 @@ class Batch:
             setattr(other, name, getattr(self, name)[np.asarray(rows)])
         return other
 
-    def run(self, paged: PagedAttention, **more):
+    def arrays(self):
+        """What `attended` takes after the backend."""
+        return self.k, self.v, self.written, self.q, self.tables, self.positions
+
+    def run(self, paged: PagedAttention, window=None, sinks_N=None):
         """Writes all keys and values, then attends; float32."""
-        pool = paged.write(paged.empty(self.pages), self.k, self.v, self.tables, self.written)
-        out = paged.attend(pool, jnp.asarray(self.q), self.tables, self.positions, scale=0.3, **more)
+        program = jax.jit(functools.partial(attended, paged, self.pages, window=window))
+        out = program(*self.arrays(), sinks_N=sinks_N)
         assert out.dtype == self.dtype
         return np.asarray(out, np.float32)
 
     def formula(self, **more):
         """What the plain formula says, on one device."""
         return self.run(on(self, "reference"), **more)
+
+
+def attended(paged, pages, k, v, written, q, tables, positions, *, window=None, sinks_N=None):
+    pool = paged.write(paged.empty(pages), k, v, tables, written)
+    return paged.attend(pool, q, tables, positions, scale=0.3, window=window, sinks_N=sinks_N)
 
 
 def on(batch, implementation, axes=None, **more):
@@ -95,25 +109,17 @@ CASES = {
     "prefill, rows shorter than the chunk": ([0, 1, 63, 16, 250], 64, (4, 2, 8)),
     "prefill of an odd length": ([37, 100, 12], 37, (4, 2, 8)),
 }
-WINDOWS = [1, 5, PAGE, BLOCK, BLOCK + 1, 10_000]
+WINDOWS = [1, PAGE + 1, BLOCK, 10_000]
 
 
 class PagedTests:
     """What a backend must do; each backend subclasses it."""
 
     implementation: api.Implementation
-    width: int | None = None
-    """Head width of every case, where the backend does not take all."""
     tolerance = 5e-6
-    sinks = True
-    """Does the backend take them?"""
 
     def paged(self, batch, axes=None) -> PagedAttention:
         return on(batch, self.implementation, axes)
-
-    def batch(self, lengths, T, heads=(4, 2, 8), **more):
-        N, K, H = heads
-        return Batch(lengths, T, (N, K, self.width or H), **more)
 
     def check(self, batch, axes=None, **more):
         atol = self.tolerance if batch.dtype == jnp.float32 else 0.02
@@ -121,30 +127,25 @@ class PagedTests:
 
     @pytest.mark.parametrize("case", CASES)
     def test_equals_the_formula(self, case):
-        self.check(self.batch(*CASES[case]))
+        self.check(Batch(*CASES[case]))
 
     @pytest.mark.parametrize("T", [1, 64])
     @pytest.mark.parametrize("window", WINDOWS)
     def test_windows_equal_the_formula(self, T, window):
-        self.check(self.batch([*EDGES, 0], T), window=window)
+        self.check(Batch([*EDGES, 0], T), window=window)
 
     @pytest.mark.parametrize("T", [1, 64])
     @pytest.mark.parametrize("window", [None, 20])
-    def test_sinks_equal_the_formula_or_are_refused(self, T, window):
-        batch, more = self.batch([*EDGES, 0], T), {"window": window, "sinks_N": jnp.linspace(-2, 3, 4)}
-        if self.sinks:
-            self.check(batch, **more)
-        else:
-            with pytest.raises(NotImplementedError, match="no attention sinks"):
-                batch.run(self.paged(batch), **more)
+    def test_sinks_equal_the_formula(self, T, window):
+        self.check(Batch([*EDGES, 0], T), window=window, sinks_N=jnp.linspace(-2, 3, 4))
 
     @pytest.mark.parametrize("T", [1, 64])
     def test_bfloat16_keeps_float32_accuracy_of_the_softmax(self, T):
-        self.check(self.batch([*EDGES, 0], T, (4, 2, 32), dtype=jnp.bfloat16))
+        self.check(Batch([*EDGES, 0], T, (4, 2, 32), dtype=jnp.bfloat16))
 
     @pytest.mark.parametrize("T", [1, 20])
     def test_rows_share_the_pages_of_a_prefix(self, T):
-        batch = self.batch([100, 120, 150], T)
+        batch = Batch([100, 120, 150], T)
         shared = 64
         batch.tables[1:, : shared // PAGE] = batch.tables[0, : shared // PAGE]
         batch.k[1:, :shared], batch.v[1:, :shared] = batch.k[0, :shared], batch.v[0, :shared]
@@ -154,38 +155,43 @@ class PagedTests:
         self.check(batch)
 
     def test_pages_of_a_former_row_do_no_harm(self):
-        batch = self.batch([60, 30], 16)
+        batch = Batch([60, 30], 16)
         paged = self.paged(batch)
-        before = batch.run(paged)
-        spoilt = np.full_like(batch.k, np.nan)
-        pool = paged.write(
-            paged.empty(batch.pages), spoilt, spoilt * np.inf, batch.tables, batch.written * 0 + np.arange(60)[None]
-        )
-        pool = paged.write(pool, batch.k, batch.v, batch.tables, batch.written)
-        after = paged.attend(pool, jnp.asarray(batch.q), batch.tables, batch.positions, scale=0.3)
-        np.testing.assert_array_equal(after, before)
+
+        def run(spoilt, k, v, written, q, tables, positions):
+            everywhere = jnp.broadcast_to(jnp.arange(60)[None], (2, 60))
+            pool = paged.write(paged.empty(batch.pages), spoilt, spoilt, tables, everywhere)
+            pool = paged.write(pool, k, v, tables, written)
+            return paged.attend(pool, q, tables, positions, scale=0.3)
+
+        for value in (np.nan, np.inf):
+            out = jax.jit(run)(np.full_like(batch.k, value), *batch.arrays())
+            np.testing.assert_allclose(out, batch.formula(), rtol=0, atol=self.tolerance)
 
     def test_a_copied_page_is_as_good_as_its_original(self):
-        batch = self.batch([40], 1)
+        batch = Batch([40], 1)
         paged = self.paged(batch)
-        pool = paged.write(paged.empty(2 * batch.pages), batch.k, batch.v, batch.tables, batch.written)
-        copied = batch.tables + batch.pages
-        pool = jax.tree.map(lambda x: x.at[copied].set(x[batch.tables]), pool)
-        out = paged.attend(pool, jnp.asarray(batch.q), copied, batch.positions, scale=0.3)
-        np.testing.assert_array_equal(out, batch.run(paged))
+
+        def run(k, v, written, q, tables, positions):
+            pool = paged.write(paged.empty(2 * batch.pages), k, v, tables, written)
+            copied = tables + batch.pages
+            pool = jax.tree.map(lambda x: x.at[copied].set(x[tables]), pool)
+            return paged.attend(pool, q, copied, positions, scale=0.3)
+
+        np.testing.assert_array_equal(jax.jit(run)(*batch.arrays()), batch.run(paged))
 
 
 class TestXla(PagedTests):
     implementation = "xla"
 
     @pytest.mark.parametrize("block", [PAGE, 64])
-    @pytest.mark.parametrize("rows", [1, 5, None])
-    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, rows):
+    @pytest.mark.parametrize("queries", [1, 5, None])
+    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, queries):
         for T in (1, 20):
             batch = Batch([*EDGES, 0], T)
             paged = self.paged(batch)
             pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "rows_at_once": rows}
+            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "queries_at_once": queries}
             out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, **more)
             np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
 
@@ -195,40 +201,43 @@ class TestXla(PagedTests):
         batch = Batch([200, 1, 0, 17, 140, 128, 16, 64], T, parts=axes.get("data", 1) * axes["fsdp"])
         alone = np.concatenate([batch.take([r]).formula(sinks_N=jnp.linspace(-2, 3, 4)) for r in range(8)])
         paged = self.paged(batch, axes)
-        out = jax.jit(lambda: batch_on_device(batch, paged, sinks_N=jnp.linspace(-2, 3, 4)))()
+        out = batch.run(paged, sinks_N=jnp.linspace(-2, 3, 4))
         np.testing.assert_allclose(out, alone, rtol=0, atol=self.tolerance)
+
+    @pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "fsdp": 2}])
+    def test_a_pool_lies_where_it_is_written_however_it_was_made(self, axes):
+        batch = Batch([3] * 8, 1, parts=1 if axes is None else axes.get("data", 1) * axes["fsdp"])
+        paged = self.paged(batch, axes)
+        write = jax.jit(paged.write, donate_argnums=0)
+        for pool in (paged.empty(batch.pages), jax.jit(lambda: paged.empty(batch.pages))()):
+            before = pool.k.sharding
+            for _ in range(2):
+                pool = write(pool, batch.k, batch.v, batch.tables, batch.written)
+            assert pool.k.sharding == before and len(before.device_set) == paged.mesh.size
+        assert write._cache_size() == 1
 
     @pytest.mark.parametrize("T", [1, 16])
     @pytest.mark.parametrize("window", [None, 40])
     def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self, T, window):
-        batch = Batch([130, *(T + 7 * i for i in range(19)), 900, 700, 0, 0], T, (8, 4, 32))
-        optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-        paged = self.paged(batch)
-
-        def run(q, k, v, tables, written, positions):
-            pool = paged.write(paged.empty(batch.pages), k, v, tables, written)
-            return paged.attend(pool, q, tables, positions, scale=0.3, window=window)
+        batch = Batch([130, *(T + 7 * i for i in range(19)), 500, 400], T, (8, 4, 32))
+        program = jax.jit(functools.partial(attended, self.paged(batch), batch.pages, window=window))
+        program = program.lower(*batch.arrays()).compile({"xla_backend_optimization_level": 3})  # as outside of tests
 
         def of(rows):
-            b = batch.take(rows)
-            arrays = (b.q, b.k, b.v, b.tables, b.written, b.positions)
-            if not hasattr(of, "program"):
-                of.program = jax.jit(run).lower(*arrays).compile(optimised)
-            return np.asarray(of.program(*arrays))
+            return np.asarray(program(*batch.take(rows).arrays()))
 
-        alone = of([0] + [22] * 21)[0]
+        alone = of([0] + [21] * 21)[0]
         assert np.abs(alone).max() > 0
         for place in (0, 1, 7, 16, 21):
-            for others in (range(1, 22), [20, 21] * 11, [22] * 22):
-                rows = list(others)[:21]
-                rows[place:place] = [0]
-                np.testing.assert_array_equal(of(rows[:22])[place], alone)
+            for others in ([*range(1, 22)], [20, 21, 1] * 7, [21] * 21):
+                out = of([*others[:place], 0, *others[place:]])
+                np.testing.assert_array_equal(out[place], alone)
 
     @pytest.mark.parametrize("T", [1, 64])
     def test_a_loop_of_steps_over_a_donated_pool_copies_nothing_of_its_size(self, T):
         batch, W = Batch([64] * 16, T), 256
         paged = self.paged(batch)
-        pool = jax.eval_shape(lambda: paged.empty(16 * W))
+        pool = jax.eval_shape(lambda: paged.empty(64 * W))
         shapes = (pool, *(jax.ShapeDtypeStruct((16, T, n, 8), jnp.float32) for n in (4, 2, 2)))
         ints = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((16, W), (16, T))]
 
@@ -244,20 +253,70 @@ class TestXla(PagedTests):
         assert memory.temp_size_in_bytes < sum(x.size * 4 for x in pool) / 2
 
     def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
-        """Pages that no block may touch hold NaN, smuggled past `write`."""
+        """NaN, smuggled past `write`, shows which blocks were read."""
         batch = Batch([20 * PAGE, 3 * PAGE], 1)
-        paged = self.paged(batch)
-        pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-        bad = jnp.asarray(batch.tables[:, : BLOCK // PAGE].ravel())
-        pool = jax.tree.map(lambda x: x.at[bad].set(jnp.nan), pool)
-        first, second = paged.attend(pool, jnp.asarray(batch.q), batch.tables, batch.positions, scale=0.3, window=PAGE)
-        assert np.isnan(second).all()
-        one = batch.take([0])
-        (first,) = paged.attend(pool, jnp.asarray(one.q), one.tables, one.positions, scale=0.3, window=PAGE)
-        assert np.isfinite(first).all()
+        paged, pages = self.paged(batch), BLOCK // PAGE
+
+        def read(row, poisoned, window):
+            b = batch.take([row])
+            pool = paged.write(paged.empty(b.pages), b.k, b.v, b.tables, b.written)
+            pool = jax.tree.map(lambda x: x.at[b.tables[:, poisoned].ravel()].set(jnp.nan), pool)
+            attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=window))
+            return np.isnan(attend(pool, b.q, b.tables, b.positions)).any()
+
+        first, later = slice(0, pages), slice(pages, None)
+        assert read(0, first, None) and not read(0, first, PAGE)
+        assert read(0, later, None) and not read(1, later, None)
 
 
-def batch_on_device(batch, paged, **more):
-    """`Batch.run`, inside a jitted function."""
-    pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-    return paged.attend(pool, jnp.asarray(batch.q), batch.tables, batch.positions, scale=0.3, **more)
+@pytest.mark.parametrize(("lengths", "T", "window"), [([0, PAGE + 1], 1, None), ([10, 45], 20, 7)])
+def test_the_ragged_kernel_is_given_what_it_wants(lengths, T, window, monkeypatch):
+    """It runs on TPUs alone: the formula that JAX ships beside it stands in for it."""
+
+    def stand_in(*arrays, num_kv_pages_per_block, num_queries_per_block, **more):
+        kernel.dynamic_validate_inputs(*arrays, **more)
+        return kernel.ref_ragged_paged_attention(*arrays, **more)
+
+    monkeypatch.setattr(ragged, "ragged_paged_attention", stand_in)
+    batch = Batch(lengths, T, (4, 2, 128))
+    paged = PagedAttention(sharding.make_mesh(), api._backend("ragged", mesh_of("tpu"), batch.heads, batch.dtype, False), 2)
+    out = attended(paged, batch.pages, *map(jnp.asarray, batch.arrays()), window=window)
+    np.testing.assert_allclose(out, batch.formula(window=window), rtol=0, atol=1e-5)
+
+
+# ---- choosing ----
+
+
+def mesh_of(platform):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), size=1, shape=sharding.make_mesh().shape)
+
+
+@pytest.mark.parametrize(
+    ("platform", "heads", "dtype", "more", "reason"),
+    [
+        ("gpu", (32, 8, 128), jnp.bfloat16, {}, "not on 'gpu'"),
+        ("tpu", (32, 8, 64), jnp.bfloat16, {}, "not 64"),
+        ("tpu", (32, 8, 128), jnp.float16, {}, "not float16"),
+        ("tpu", (6, 3, 128), jnp.bfloat16, {}, "cannot tile 3 key heads"),
+        ("tpu", (32, 8, 128), jnp.bfloat16, {"sinks": True}, "no attention sinks"),
+    ],
+)
+def test_the_ragged_kernel_says_what_it_cannot_do(platform, heads, dtype, more, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        paged_attention_on(mesh_of(platform), heads, dtype, "ragged", **more)
+
+
+def test_a_backend_that_cannot_do_the_case_is_passed_over_and_logged_once(caplog):
+    api._log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, "tinker_jax"):
+        chosen = [paged_attention_on(mesh_of("tpu"), (32, 8, 64), jnp.bfloat16) for _ in range(2)]
+    assert len(caplog.messages) == 1 and "ragged is not used" in caplog.messages[0]
+    assert chosen[0].backend.attend.func is xla.xla_attend
+
+
+def test_each_platform_gets_its_best():
+    def chosen(platform):
+        return paged_attention_on(mesh_of(platform), (32, 8, 128), jnp.bfloat16).backend.attend
+
+    assert chosen("tpu") is ragged.ragged_attend
+    assert chosen("gpu").func is chosen("cpu").func is xla.xla_attend

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class SamplingClient:
-    """Samples from a base model, a checkpoint, or a snapshot of a training client. Its weights never change.
+    """Samples from a base model, a checkpoint, or the weights of a training client. They never change, except where a training
+    client made this one with `kind="inflight"`.
 
     Made by `ServiceClient.create_sampling_client`, `TrainingClient.save_weights_and_get_sampling_client` and
     `TrainingClient.create_sampling_client`. Any number of calls, from any threads and event loops, are batched together.
@@ -125,6 +126,31 @@ class SamplingClient:
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(_WEIGHTS_LIVE_HERE)
+
+
+def warm_up(client: SamplingClient, adapters: int = 1) -> APIFuture[int]:
+    """Compiles what sampling can need, whatever the lengths, stops, temperatures and numbers of samples to come.
+
+    Without it each program compiles at its first use. Top-k log-probabilities, targets, alternatives and adapters of another
+    rank still do.
+
+    Args:
+        client: that will be sampled from, or one like it.
+        adapters: of the client's rank, at most, that will be sampled from at the same moment.
+
+    Returns:
+        Number of compiled programs.
+
+    Raises:
+        BadRequestError: `adapters` is no positive int.
+    """
+    if isinstance(client, BackcompatSamplingClientFuture):
+        client = client.result()
+    client._session.require_open()
+    if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
+        raise BadRequestError(f"adapters: expected an int >= 1, got {adapters!r}")
+    future = client._session.track(client._engine.warm_up(client._sampler_id, adapters), client)
+    return DerivedAPIFuture(lambda programs: programs, future)
 
 
 _WEIGHTS_LIVE_HERE = (

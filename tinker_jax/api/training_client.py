@@ -248,14 +248,17 @@ class TrainingClient:
         record_stability_info: bool = False,
         kind: SamplingClientKind = "snapshot",
     ) -> BackcompatSamplingClientFuture:
-        """A client that samples from the weights as they are after the calls made so far. Nothing is written or copied,
-        and later training does not change it.
+        """A client that samples from the weights as they are after the calls made so far. Nothing is written or copied.
 
         Args:
             name: deprecated, no effect.
             retry_config: no effect; nothing is retried in process.
             record_stability_info: no effect; the losses here need none.
-            kind: `"snapshot"`.
+            kind: `"snapshot"`: its weights never change. `"inflight"`: the next call with `"inflight"` gives its weights to
+                this client too, in the middle of what it is drawing; keys and values of the tokens so far stay as they are.
+
+        Raises:
+            BadRequestError: another `kind`.
         """
         self._session.require_open()
         if name is not None:
@@ -265,12 +268,10 @@ class TrainingClient:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        if kind == "inflight":
-            raise UnsupportedError("kind='inflight' is not available; use kind='snapshot', which costs no copy here")
-        if kind != "snapshot":
-            raise BadRequestError(f"kind: expected 'snapshot', got {kind!r}")
+        if kind not in ("snapshot", "inflight"):
+            raise BadRequestError(f"kind: expected 'snapshot' or 'inflight', got {kind!r}")
         sampler_id = self._session.next_sampler_id()
-        snapshot = self._track(self._engine.snapshot(self.model_id, sampler_id))
+        snapshot = self._track(self._engine.snapshot(self.model_id, sampler_id, inflight=kind == "inflight"))
         return sampling_client_of(self._session, self._engine, sampler_id, snapshot)
 
     save_weights_and_get_sampling_client_async = final_twin(save_weights_and_get_sampling_client)

@@ -23,6 +23,8 @@ class EngineConfig:
         mesh: devices along each axis (`data`, `fsdp`, `tensor`), such as `{"fsdp": 4, "tensor": 2}`; None: one device.
         memory: bytes of each device's memory the engine may plan with; None: what the device reports.
         home: directory of the checkpoints; None: `$TINKER_JAX_HOME`, or `~/.tinker_jax`.
+        deterministic: sampling gives the same log-probabilities bit for bit whatever else runs, at the cost of always computing
+            64 rows, under one adapter at a time.
 
     Raises:
         BadRequestError: naming the field, what was expected and what was got.
@@ -32,12 +34,15 @@ class EngineConfig:
     mesh: Mapping[str, int] | None = None
     memory: int | None = None
     home: str | os.PathLike[str] | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         _check.one_of(self.dtype, (None, "float32", "bfloat16"), "EngineConfig.dtype")
         if self.mesh is not None:
             put(self, "mesh", _as_mesh(self.mesh))
+        if not isinstance(self.deterministic, bool):
+            raise _check.refuse("EngineConfig.deterministic", "a bool", self.deterministic)
         if self.memory is not None:
             put(self, "memory", _check.integer(self.memory, "EngineConfig.memory", minimum=1))
         if self.home is not None:
@@ -49,11 +54,11 @@ class EngineConfig:
 
     def __hash__(self) -> int:
         mesh = None if self.mesh is None else tuple(self.mesh.items())
-        return hash((self.dtype, mesh, self.memory, self.home))
+        return hash((self.dtype, mesh, self.memory, self.home, self.deterministic))
 
     def __reduce__(self) -> tuple:
         mesh = None if self.mesh is None else dict(self.mesh)  # a mapping proxy does not pickle
-        return EngineConfig, (self.dtype, mesh, self.memory, self.home)
+        return EngineConfig, (self.dtype, mesh, self.memory, self.home, self.deterministic)
 
 
 def _as_mesh(mesh: Mapping[str, int]) -> Mapping[str, int]:

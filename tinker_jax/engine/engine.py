@@ -64,7 +64,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _SamplerWeights:
-    """Immutable weights of a sampling client. Equal keys mean equal weights and may share a decode batch."""
+    """Weights of a sampling client. Requests under equal keys share cached prompts."""
 
     key: str
     adapter: lora_lib.Adapter | None
@@ -111,6 +111,7 @@ class Engine:
         self.base_model, self.config = base_model, config
         self._adapters: dict[str, AdapterState] = {}
         self._samplers: dict[str, _SamplerWeights] = {}
+        self._inflight: dict[str, list[str]] = {}  # samplers that follow an adapter, by its model_id
         self._info: ModelInfo | None = None
         self._worker = Worker(
             f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision, self._unload, self._recover
@@ -156,6 +157,7 @@ class Engine:
             kv_bytes=plan.kv_bytes,
             stop_ids=_stop_ids(directory),
             decode_text=_Text(directory),
+            deterministic=self.config.deterministic,
         )
         self._params, self._trainer, self._sampler = params, trainer, sampler
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
@@ -186,6 +188,7 @@ class Engine:
         self._sampler.close()
         self._adapters.clear()
         self._samplers.clear()
+        self._inflight.clear()
         self._params.clear()  # the one dict that trainer and sampler share: clients may hold on to this engine for long
 
     # ---- adapters ----
@@ -226,6 +229,10 @@ class Engine:
         def run() -> None:
             self._adapters.pop(name, None)
             self._samplers.pop(name, None)
+            self._inflight.pop(name, None)
+            for followers in self._inflight.values():
+                if name in followers:
+                    followers.remove(name)
 
         with contextlib.suppress(RuntimeError):  # closed already, which freed everything
             self._worker.submit(name, run)
@@ -399,12 +406,23 @@ class Engine:
 
     # ---- sampling ----
 
-    def snapshot(self, model_id: str, sampler_id: str) -> Future[None]:
-        """Gives the adapter's weights, as of now in the client's order, to a sampler. Later training does not change them."""
+    def snapshot(self, model_id: str, sampler_id: str, *, inflight: bool = False) -> Future[None]:
+        """Gives the adapter's weights, as of now in the client's order, to a sampler. Later training does not change them.
+
+        With `inflight` a later call with `inflight` does: every such sampler of the adapter gets the new weights, and requests
+        that wait or run go on under them, on the keys and values there are.
+        """
 
         def run() -> None:
             state = self._adapter(model_id)
-            self._samplers[sampler_id] = _SamplerWeights(sampler_id, lora_lib.scaled(state.params, state.scale))
+            adapter = lora_lib.scaled(state.params, state.scale)
+            names = [sampler_id]
+            if inflight:
+                names = self._inflight.setdefault(model_id, [])
+                names.append(sampler_id)
+            for name in names:
+                self._samplers[name] = _SamplerWeights(name, adapter)
+                self._sampler.replace(name, adapter)
 
         return self._worker.submit(model_id, run, before=sampler_id)
 
@@ -424,6 +442,20 @@ class Engine:
 
         return self._worker.submit(sampler_id, run)
 
+    def warm_up(self, sampler_id: str, adapters: int) -> Future[int]:
+        """Compiles what sampling from so many adapters like the sampler's can need; the number of compiled programs."""
+
+        def run() -> int:
+            return self._sampler.warm_up(self._sampler_weights(sampler_id).adapter, adapters)
+
+        return self._worker.submit(sampler_id, run)
+
+    def _sampler_weights(self, sampler_id: str) -> _SamplerWeights:
+        try:
+            return self._samplers[sampler_id]
+        except KeyError:
+            raise NotFoundError(f"there is no sampling client {sampler_id!r}; was it closed?") from None
+
     def sample(self, sampler_id: str, request: SampleRequest) -> Future[SampleResponse]:
         """Queues a sampling request; many share the device, and each resolves when its own rows are done.
 
@@ -433,9 +465,8 @@ class Engine:
         checked = request if self._info is None else self._sampler.parse(request)
 
         def admit(future: Future[SampleResponse]) -> None:
-            if (sampler := self._samplers.get(sampler_id)) is None:
-                raise NotFoundError(f"there is no sampling client {sampler_id!r}; was it closed?")
-            self._sampler.submit(checked, sampler.key, sampler.adapter, future)
+            weights = self._sampler_weights(sampler_id)
+            self._sampler.submit(checked, weights.key, weights.adapter, future)
 
         return self._worker.hand_over(sampler_id, admit)
 

@@ -86,6 +86,17 @@ class Lanes:
             self._build(width)
         return self._tree
 
+    def warm_up(self, adapter: Adapter, most: int) -> list[Adapter]:
+        """Compiles what putting up to `most` adapters of this shape together takes; a tree of every width there can be."""
+        self.finite(adapter)
+        rank, trees = _rank(adapter), []
+        for width in sorted({lora.bucket(rank * n) for n in range(1, min(most, max(1, MOST_LANES // rank)) + 1)}):
+            if width == rank:
+                trees.append(adapter)
+            else:
+                trees.append(self._join([adapter], width))
+        return trees
+
     def _build(self, width: int) -> None:
         self._spans, at = {}, 0
         for weights, adapter in self._adapters.items():
@@ -95,11 +106,14 @@ class Lanes:
         if len(adapters) == 1 and _rank(adapters[0]) == width:
             self._tree = adapters[0]
             return
-        self._tree = _wide(adapters, width)
-        for weights, adapter in self._adapters.items():
-            at, _ = self._spans[weights]
-            shape = f"{describe(adapter)} into {describe(self._tree)}"
-            self._tree = self._put(self._tree, adapter, np.int32(at), shape=shape)
+        self._tree = self._join(adapters, width)
+
+    def _join(self, adapters: list[Adapter], width: int) -> Adapter:
+        tree, at = _wide(adapters, width), 0
+        for adapter in adapters:
+            tree = self._put(tree, adapter, np.int32(at), shape=f"{describe(adapter)} into {describe(tree)}")
+            at += _rank(adapter)
+        return tree
 
 
 def describe(adapter: Adapter | None) -> str:

@@ -33,7 +33,8 @@ from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.types.errors import BadRequestError, InternalServerError
-from tinker_jax.types.sampling import SampleRequest, SampleResponse
+from tinker_jax.types.model_input import ModelInput
+from tinker_jax.types.sampling import SampleRequest, SampleResponse, SamplingParams
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows a decode program is compiled for. On accelerators, which wait for the weights whatever the rows, only every other."""
@@ -78,7 +79,7 @@ class Sampler:
     ) -> None:
         self._cfg, self._stop_ids, self._decode_text = cfg, tuple(stop_ids), decode_text
         cpu = mesh.devices.flat[0].platform == "cpu"
-        parts = sharding.parts(mesh, "rows")
+        self._parts = parts = sharding.parts(mesh, "rows")
         rows, chunks = (ROWS, _CHUNKS) if cpu else (_ROWS_ACCELERATOR, _CHUNKS_ACCELERATOR)
         if deterministic:
             rows, chunks = _ROWS_DETERMINISTIC, _CHUNKS_DETERMINISTIC
@@ -162,10 +163,38 @@ class Sampler:
 
         A request that begins later computes all of its own.
         """
-        for job in self._jobs():
-            if job.weights == weights:
-                job.adapter = adapter
+        jobs = [job for job in self._jobs() if job.weights == weights]
+        if jobs and not self._seats.lanes.finite(adapter):
+            self._fail(jobs, InternalServerError(_NOT_FINITE))
+        for job in jobs:
+            job.adapter = adapter
         self._seats.replace(weights, adapter)
+
+    def warm_up(self, adapter: Adapter | None, adapters: int = 1) -> int:
+        """Compiles what requests of any length, stop rule, temperature and number of samples can need.
+
+        Args:
+            adapter: scaled, of the shape that requests will have; None: the base model alone.
+            adapters: of this shape, at most, at work at the same moment.
+
+        Returns:
+            Number of compiled programs. Requests that wait or run are not disturbed.
+        """
+        parts, context = self._parts, pages_for(self._cfg.context_length)
+        trees: list[Adapter | None] = [None]
+        if adapter is not None:
+            trees += self._seats.lanes.warm_up(adapter, adapters)
+        scored = SampleRequest(prompt=ModelInput.from_ints([0, 0]), sampling_params=SamplingParams(), prompt_logprobs=True)
+        probe = self.parse(scored)
+        for tree in trees:
+            for rows in self._rows:
+                self._batch.draw(tree, Rows.empty(rows * parts, context), 0)
+            for chunks in self._chunks:
+                nothing = Chunk(np.zeros(0, np.int32), 0, np.zeros(context, np.int32), (0, 0))
+                h_RTD = self._batch.prefill(tree, [nothing] * (chunks * parts), self._chunk)
+                self._scorer.score([(probe, 0)] + [None] * (chunks * parts - 1), adapter if tree else None, h_RTD)
+        self._batch.copy([(0, 0, 0)])
+        return self.programs
 
     def step(self) -> bool:
         """Admits what waits, prefills, draws one chunk, resolves what is finished.

@@ -55,6 +55,7 @@ class _Request:
     started: bool = False  # its future runs: the rest of a detour, or a second attempt
     alone: bool = False  # a second attempt: starts when nothing is unread, and is read at once
     pending: Pending[Any] | None = None
+    outside: threading.Thread | None = None  # runs the caller's code
 
 
 def _typed(error: BaseException, what: str) -> BaseException:
@@ -93,11 +94,17 @@ def _close(request: _Request) -> None:
         _cancel(request.future)
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Clears the frames of a traceback: they hold arrays, and a second attempt needs the room."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """Its result, or its error without frames: they hold arrays, a second attempt needs the room, and callers keep errors."""
+    try:
+        return work(), None
+    except BaseException as error:
+        if not isinstance(error, TinkerError):
+            error.add_note(traceback.format_exc())
+        at: BaseException | None = error
+        while at is not None:
+            at.__traceback__, at = None, at.__cause__ or at.__context__
+        return None, error
 
 
 class Worker:
@@ -182,35 +189,36 @@ class Worker:
     def close(self, timeout: float | None = 30.0) -> None:
         """Finishes what is running, cancels the queued requests and ends the threads. Idempotent.
 
-        A request whose caller's code is still running fails at once: nobody would be there to take the result.
+        A request whose caller's code is still running fails at once: nobody would be there to take the result. Each thread is
+        waited for, `timeout` seconds: one that runs a program or frees arrays when the interpreter ends takes the process down.
         """
         if os.getpid() != self._pid:
             return  # a forked child has no thread to end, and its copy of the lock may be held for ever
         with self._wake:
             self._closing = True
             queued, self._queue = list(self._queue), collections.deque()
-            held, self._held = list(self._held.values()), {}
+            held = list(self._held.values())
             self._wake.notify_all()
         for request in queued:
             _close(request)
         for request in held:
             _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
-        if threading.current_thread() not in (self._thread, self._reader):
+        current = threading.current_thread()
+        if current not in (self._thread, self._reader):
             self._thread.join(timeout)
+            for request in held:
+                if request.outside is not None and request.outside is not current:
+                    request.outside.join(timeout)
 
     def _main(self) -> None:
         with self._context():
-            try:
-                self._start()
-            except BaseException as error:
-                # The frames of the traceback hold what was loaded so far, which a second attempt will need the room of.
-                traceback.clear_frames(error.__traceback__)
-                self._fail(_typed(error, "loading the model"))
-                return
+            _, error = _attempt(self._start)
+            if error is not None:
+                return self._fail(_typed(error, "loading the model"))
             self._reader.start()
             self._serve()
             self._read_the_rest()
-            self._reader.join()  # a thread that still frees arrays when the interpreter ends takes the process down
+            self._reader.join()
             self._stop()
 
     def _fail(self, failure: BaseException) -> None:
@@ -218,7 +226,8 @@ class Worker:
             self._failure = failure
             pending, self._queue = list(self._queue), collections.deque()
         for request in pending:
-            _resolve(request.future.set_exception, failure)
+            if request.future.set_running_or_notify_cancel():
+                _resolve(request.future.set_exception, failure)
 
     def _serve(self) -> None:
         gather_until = 0.0
@@ -232,7 +241,7 @@ class Worker:
                     continue
                 if self._closing:
                     return
-            if self._unreadable:
+            if request is None and self._unreadable:  # a request that was taken out of the queue runs first
                 self._take_back()
                 continue
             if request is not None:
@@ -276,14 +285,12 @@ class Worker:
         if starts and not request.future.set_running_or_notify_cancel():
             return
         request.started = not request.handed_over
-        try:
-            result = request.run()
-            if request.alone and isinstance(result, Pending):
-                result = result.finish()
-        except BaseException as error:
+        result, error = _attempt(request.run)
+        if request.alone and isinstance(result, Pending):
+            result, error = _attempt(result.finish)
+        if error is not None:
             self._failed(request, error)
-            return
-        if isinstance(result, Pending):
+        elif isinstance(result, Pending):
             with self._wake:
                 request.pending = result
                 self._unread.append(request)
@@ -294,9 +301,10 @@ class Worker:
             _resolve(request.future.set_result, result)
 
     def _failed(self, request: _Request, error: BaseException) -> None:
+        with self._wake:
+            unsure = any(unread.lane == request.lane for unread in self._unread)  # it may be for these that it failed
         failure = self._recover(error, request.alone)
-        if failure is None:
-            _let_go(error)
+        if failure is None or unsure:
             request.alone = True
             self._put_back([request])
         else:
@@ -326,16 +334,14 @@ class Worker:
                 return False
             request = self._unread[0]
         assert request.pending is not None
-        try:
-            resolve, value = request.future.set_result, request.pending.read()
-        except TinkerError as error:
-            resolve, value = request.future.set_exception, error
-        except BaseException as error:
+        result, error = _attempt(request.pending.read)
+        if error is not None and not isinstance(error, TinkerError):
             with self._wake:
                 self._unreadable = error
                 self._wake.notify_all()
             return True
-        _resolve(resolve, value)  # first: a later request of the lane must not end before it
+        outcome = (request.future.set_result, result) if error is None else (request.future.set_exception, error)
+        _resolve(*outcome)  # first: a later request of the lane must not end before it
         with self._wake:
             self._unread.popleft()
             self._wake.notify_all()
@@ -352,9 +358,7 @@ class Worker:
         assert failed.pending is not None and error is not None
         failed.pending.undo()
         for request in undone:
-            request.pending = None
-        for request in undone[1:]:
-            request.alone = True
+            request.pending, request.alone = None, request is not failed
         self._put_back(undone[1:])
         self._failed(failed, error)
 
@@ -372,13 +376,6 @@ class Worker:
     # ---- detours ----
 
     def _detour(self, request: _Request, detour: Detour) -> None:
-        with self._wake:
-            closing = self._closing
-            self._held[request.lane] = request
-        if closing:
-            _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
-            return
-
         def outside() -> None:
             try:
                 value = detour.outside()
@@ -387,8 +384,16 @@ class Worker:
                 rest = []
             else:
                 rest = [_Request(request.lane, lambda: detour.inside(value), request.future, started=True)]
+            self._put_back(rest)
             with self._wake:
-                self._held.pop(request.lane, None)
-                self._put_back(rest)
+                del self._held[request.lane]
+                self._wake.notify_all()
 
-        threading.Thread(target=outside, name="tinker_jax-custom-loss", daemon=True).start()
+        with self._wake:
+            closing = self._closing
+            self._held[request.lane] = request
+        if closing:
+            _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
+            return
+        request.outside = threading.Thread(target=outside, name="tinker_jax-custom-loss", daemon=True)
+        request.outside.start()

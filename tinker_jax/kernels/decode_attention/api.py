@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention.pages import Pages, empty_pages, write_pages
+from tinker_jax.kernels.decode_attention.pages import empty_pages, write_pages
 from tinker_jax.kernels.decode_attention.reference import reference_attend
 from tinker_jax.kernels.decode_attention.xla import xla_attend
 
@@ -66,10 +66,10 @@ class PagedAttention:
         Args:
             pages: of each part of the rows, page 0 among them; arrays hold `pages · parts(mesh, "rows")` of them.
         """
-        pool = jax.eval_shape(lambda: self.backend.empty(pages * sharding.parts(self.mesh, "rows"), self.K))
         heads = "kv_heads" if self._heads() else None
         where = sharding.named(self.mesh, ("rows", *[None] * (self.backend.heads_axis - 1), heads))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=where), pool)
+        count = pages * sharding.parts(self.mesh, "rows")
+        return jax.jit(lambda: self.backend.empty(count, self.K), out_shardings=where)()
 
     def pages(self, pool: Any) -> int:
         """Pages of a pool, of each part of the rows."""
@@ -188,6 +188,6 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, s
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
     attend = reference_attend
     if name == "xla":
-        block, rows = (128, 16) if platform == "cpu" else (512, None)
-        attend = functools.partial(xla_attend, block=block, rows_at_once=rows)
+        block, queries = (128, 16) if platform == "cpu" else (512, None)
+        attend = functools.partial(xla_attend, block=block, queries_at_once=queries)
     return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)

@@ -24,14 +24,15 @@ def xla_attend(
     scale: float,
     window: int | None,
     block: int,
-    rows_at_once: int | None,
+    queries_at_once: int | None,
 ) -> jax.Array:
     """See `PagedAttention.attend`.
 
     Args:
         pages: pool; the rest as there.
         block: positions of one step of the loop, a multiple of `PAGE`.
-        rows_at_once: rows that share a loop; None: all.
+        queries_at_once: about so many queries share a loop, those of one row in any case; None: all. What a loop works on then
+            stays in a CPU's cache, and rows of like length share one.
     """
     R, T, N, H = q_RTNH.shape
     K = pages.k.shape[1]
@@ -74,11 +75,12 @@ def xla_attend(
         out = acc / jnp.where(total == 0, 1, total)[..., None]
         return out.transpose(0, 3, 1, 2, 4).reshape(rows, T, N, H).astype(q_RTNH.dtype)
 
-    xs = (q_RTNH, tables_RW, positions_RT)
-    rows = rows_at_once or R
-    if R <= rows:
+    rows = R if queries_at_once is None else min(R, max(1, queries_at_once // T))
+    padding = ((0, -R % rows), (0, 0))
+    positions_RT = jnp.pad(positions_RT, padding, constant_values=-1)
+    xs = (jnp.pad(q_RTNH, (*padding, (0, 0), (0, 0))), jnp.pad(tables_RW, padding), positions_RT)
+    if rows == R:
         return tile(xs)
-    padding = -R % rows
-    xs = tuple(jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), constant_values=-1 if x is positions_RT else 0) for x in xs)
-    out = jax.lax.map(tile, tuple(x.reshape(-1, rows, *x.shape[1:]) for x in xs))
-    return out.reshape(-1, T, N, H)[:R]
+    order = jnp.argsort(jnp.max(positions_RT, axis=1))
+    out = jax.lax.map(tile, tuple(x[order].reshape(-1, rows, *x.shape[1:]) for x in xs))
+    return out.reshape(-1, T, N, H)[jnp.argsort(order)[:R]]

@@ -1,0 +1,75 @@
+"""Attention over pages compiles for TPU slices, with Pallas' kernel, and for one H200, and moves nothing of the pool's size."""
+
+import os
+
+import aot
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from tinker_jax import sharding
+from tinker_jax.kernels.decode_attention import PAGE, paged_attention_on
+
+HEADS = (32, 8, 128)  # of Qwen3-8B
+
+
+def lower_steps(mesh, R, T, tokens):
+    """Eight steps of R rows with tables of so many tokens, over a donated pool that holds them all; and the pool."""
+    paged = paged_attention_on(mesh, HEADS, jnp.bfloat16)
+    (N, K, H), W, parts = HEADS, tokens // PAGE, sharding.parts(mesh, "rows")
+    cut = K % mesh.shape["tensor"] == 0
+
+    def abstract(shape, dtype, axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, axes))
+
+    empty = jax.jit(lambda: paged.empty(R // parts * W + 1))
+    pool = jax.tree.map(
+        lambda x: abstract(x.shape, x.dtype, ("rows", None, "kv_heads" if cut else None)), jax.eval_shape(empty)
+    )
+    q, k, v = (abstract((R, T, n, H), jnp.bfloat16, ("rows", None, "heads")) for n in (N, K, K))
+    tables, positions = (abstract((R, n), jnp.int32, ("rows",)) for n in (W, T))
+
+    def steps(pool, q, k, v, tables, positions):
+        def one(i, carry):
+            pool, q = carry
+            pool = paged.write(pool, k, v, tables, positions + i)
+            return pool, paged.attend(pool, q, tables, positions + i, scale=H**-0.5)
+
+        return jax.lax.fori_loop(0, 8, one, (pool, q))
+
+    return jax.jit(steps, donate_argnums=0).lower(pool, q, k, v, tables, positions), pool
+
+
+def check_pool_stays(compiled, pool, devices):
+    memory = compiled.memory_analysis()
+    pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool)) // devices
+    assert memory.alias_size_in_bytes >= pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 4
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 1, 8), (1, 16, 1)])
+@pytest.mark.parametrize(("R", "T", "tokens"), [(64, 1, 4096), (16, 256, 4096)])
+def test_decode_and_prefill_of_qwen3_8b_hold_the_ragged_kernel_and_leave_the_pool_in_place(shape, R, T, tokens):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    mesh = aot.mesh_of(topologies.get_topology_desc("v5e:4x4", platform="tpu").devices, shape)
+    lowered, pool = lower_steps(mesh, R, T, tokens)
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    assert "ragged_paged_attention_kernel" in text and "tpu_custom_call" in text
+    check_pool_stays(compiled, pool, mesh.size)
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.timeout(3000)
+def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(monkeypatch):
+    pytest.importorskip("jax_cuda13_plugin")
+    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    mesh = aot.mesh_of(
+        topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices, (1, 1, 1)
+    )
+    lowered, pool = lower_steps(mesh, 64, 1, 4096)
+    check_pool_stays(lowered.compile(), pool, 1)
