@@ -24,8 +24,12 @@ CHUNK, BLOCK = 64, 128  # of a prefill and of attention on CPU
 EOS = 1
 BORDERS = sorted({n + d for n in (PAGE, 2 * PAGE, CHUNK, BLOCK, 3 * CHUNK, 2 * BLOCK) for d in (-1, 0, 1, 2)})
 
-names = map("test {}".format, itertools.count())
-"""Names of weights that no other test has used: their cache is empty. `next(names)`."""
+_NAMES = itertools.count()
+
+
+def next_weights():
+    """A name of weights that no test has used: nothing is cached for it."""
+    return f"weights {next(_NAMES)}"
 
 
 def text(tokens):
@@ -50,7 +54,7 @@ def make(family="qwen3", *, mesh=None, pages=2048, deterministic=False, stop_ids
     """A sampler of its own, whose programs compile anew; `pages` of each part of the rows."""
     _, cfg, params = model(family)
     cfg = dataclasses.replace(cfg, **change)
-    mesh = sharding.make_mesh(mesh)
+    mesh = sharding.make_mesh(mesh and dict(mesh))
     placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
     heads = 1 if cfg.K % sharding.parts(mesh, "kv_heads") else sharding.parts(mesh, "kv_heads")
     return Sampler(
@@ -84,6 +88,14 @@ def adapter(seed, rank=4, groups=("attn", "mlp", "unembed")):
     leaves, shape = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(shape, [x + rng.normal(size=x.shape).astype(np.float32) * 0.1 for x in leaves])
+
+
+def placed(sampler, tree):
+    """An adapter where a sampler's mesh wants it."""
+    groups = [name for name, module in (("attn", "q_proj"), ("mlp", "up_proj")) if module in tree.get("layers", {})]
+    axes = lora.logical_axes(lora_targets(model()[1]), [*groups, *(["unembed"] if "lm_head" in tree else [])])
+    mesh = sampler._batch._paged.mesh
+    return jax.tree.map(lambda x, names: jax.device_put(x, sharding.named(mesh, names)), tree, axes)
 
 
 @cache

@@ -13,7 +13,7 @@ V = 12
 
 
 def rows_of(S, **state):
-    rows = sampling.Rows.empty(S)._replace(live=np.ones(S, bool), sample=np.arange(S, dtype=np.int32))
+    rows = sampling.Rows.empty(S, 1)._replace(live=np.ones(S, bool), sample=np.arange(S, dtype=np.int32))
     return rows._replace(**{name: np.full(S, value, getattr(rows, name).dtype) for name, value in state.items()})
 
 

@@ -1,5 +1,7 @@
 """The decoder equals transformers' in float32, whole rows and token by token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import tiny
 import torch
 
+from tinker_jax import sharding
+from tinker_jax.kernels.decode_attention import PAGE, paged_attention_on
 from tinker_jax.models import dense
 
 T = 70  # beyond the llama3 test rope's original context of 32
@@ -17,7 +21,7 @@ def logits(cfg, params, h_MD):
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
-def test_forward_and_decode_match_transformers(family):
+def test_forward_and_extend_match_transformers(family):
     model = tiny.model(family)
     cfg, params = tiny.base_params(family, model)
     ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (2, T))
@@ -27,23 +31,36 @@ def test_forward_and_decode_match_transformers(family):
     @jax.jit
     def whole(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
-        h_MD, cache = dense.Decoder(cfg, params).forward(tokens, positions, jnp.ones((2, T), jnp.int32), keep_cache=True)
-        return logits(cfg, params, h_MD).reshape(2, T, -1), cache
+        h_MD = dense.Decoder(cfg, params).forward(tokens, positions, jnp.ones((2, T), jnp.int32))
+        return logits(cfg, params, h_MD).reshape(2, T, -1)
 
-    ours, cache = whole(params, ids)
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    np.testing.assert_allclose(whole(params, ids), expected, atol=1e-4)
 
-    @jax.jit
-    def step(params, tokens, position, cache):
-        h_SD, cache = dense.Decoder(cfg, params).decode(tokens, jnp.full(2, position), cache)
-        return logits(cfg, params, h_SD), cache
+    paged = paged_attention_on(sharding.make_mesh(), (cfg.N, cfg.K, cfg.H), jnp.float32)
+    each, pages = 13, -(-T // PAGE)
+    tables = np.array([[2 * w + r + 1 for w in range(pages)] for r in range(2)])  # interleaved
+    # What was in the pages before is garbage that must not be seen.
+    pool = jax.tree.map(lambda x: x.at[:].set(9.0), paged.empty(each * cfg.L))
 
-    # The cache is longer than the prompt, and what lies beyond it is garbage that must not be seen.
-    past = dense.empty_cache(cfg, 2, 96, jnp.float32)
-    past = dense.Cache(*(x.at[:].set(9.0).at[:, :, :, :60].set(new[:, :, :, :60]) for x, new in zip(past, cache, strict=True)))
-    for position in range(60, T):
-        ours, past = step(params, ids[:, position], position, past)
-        np.testing.assert_allclose(ours, expected[:, position], atol=1e-4)
+    @partial(jax.jit, static_argnames="unstacked")
+    def extend(params, tokens, positions, pool, unstacked):
+        decoder = dense.Decoder(cfg, params)
+        layers = decoder.unstacked() if unstacked else None
+        h_MD, pool = decoder.extend(tokens, positions, tables, pool, paged=paged, layers=layers)
+        return logits(cfg, params, h_MD).reshape(*tokens.shape, -1), pool
+
+    # A chunk, a shorter one beside a longer one, token by token; layers scanned and one by one.
+    starts = np.zeros(2, int)
+    for step, counts in enumerate([(30, 30), (30, 15), (1, 16), *[(1, 1)] * (T - 61)]):
+        counts = np.array(counts)
+        column = np.arange(counts.max())
+        positions = np.where(column < counts[:, None], starts[:, None] + column, -1)
+        tokens = np.take_along_axis(ids, np.maximum(positions, 0), axis=1)
+        ours, pool = extend(params, tokens, positions, pool, unstacked=step > 0)
+        for r in range(2):
+            np.testing.assert_allclose(ours[r, : counts[r]], expected[r, starts[r] : starts[r] + counts[r]], atol=1e-4)
+        starts += counts
+    assert starts.tolist() == [T, T]
 
 
 def test_bfloat16_weights_stay_close_to_float32():

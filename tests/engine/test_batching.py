@@ -1,0 +1,314 @@
+"""Continuous batching: what else runs changes no result; rows, pages and adapters are shared fairly and given back."""
+
+import numpy as np
+import pytest
+from sampler_cases import (
+    adapter,
+    ask,
+    assert_idle,
+    check,
+    finish,
+    make,
+    merged,
+    model,
+    next_weights,
+    placed,
+    run,
+    same,
+    shared,
+    small,
+    spy,
+    submit,
+    tokens_of,
+)
+
+from tinker_jax.engine.decode_batch import STEPS
+from tinker_jax.types.errors import InternalServerError, RequestFailedError
+
+WIDE = (3, 16, ("attn",))  # seed, rank, groups of an adapter
+NARROW = (4, 4, ("mlp", "unembed"))
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return shared()
+
+
+@pytest.fixture(autouse=True)
+def idle(sampler):
+    yield
+    assert_idle(sampler)
+    assert_idle(small())
+
+
+# -- independence ----------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_tokens_alone_among_others_and_admitted_late(sampler):
+    request = ask(tokens_of(11), 2, max_tokens=40, seed=42, stop=[])
+    (alone,) = run(sampler, request)
+    others = [ask(tokens_of(n), 1 + n % 3, max_tokens=10 + 3 * n, temperature=n % 3 / 2, top_k=n) for n in range(1, 14)]
+    crowd = [submit(sampler, other) for other in others]
+    among = submit(sampler, request)
+    sampler.step()
+    sampler.step()
+    late = submit(sampler, request)
+    finish(sampler, *crowd)
+    same(alone, among.result(0))
+    same(alone, late.result(0))
+
+
+def test_filters_of_one_row_do_not_touch_another(sampler):
+    request = ask(tokens_of(5), max_tokens=20, seed=8, stop=[])
+    (alone,) = run(sampler, request)
+    beside, _ = run(sampler, request, ask(tokens_of(6), max_tokens=20, top_k=2, top_p=0.5, stop=[]))
+    same(alone, beside)
+
+
+def test_samples_of_a_request_differ_and_unseeded_requests_too(sampler):
+    a, b = run(sampler, *(ask(tokens_of(5), 8, max_tokens=12, stop=[]) for _ in range(2)))
+    drawn = [tuple(s.tokens) for s in (*a.sequences, *b.sequences)]
+    assert len(set(drawn)) == 16
+    assert len({s.sequence_id for s in (*a.sequences, *b.sequences)}) == 16
+
+
+def test_adapters_of_any_shape_and_the_base_model_decode_in_one_batch(sampler, monkeypatch):
+    kinds = [("base", None, model()[0]), *((str(x), adapter(*x), merged(*x)) for x in (WIDE, NARROW))]
+    draws = spy(monkeypatch, sampler._batch, "draw")
+    prompts = [tokens_of(n) for n in (20, 65)]
+    futures = [
+        (submit(sampler, ask(p, 2, max_tokens=20, seed=1, stop=[], prompt_logprobs=True), name, tree), p, reference)
+        for p in prompts
+        for name, tree, reference in kinds
+    ]
+    finish(sampler)
+    for future, p, reference in futures:
+        check(reference, p, future.result(0))
+    assert [int(rows.live.sum()) for _, rows, _ in draws] == [12, 12]  # 20 tokens are two chunks
+
+
+# -- rows and pages --------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_samples(sampler, monkeypatch):
+    chunks = spy(monkeypatch, sampler._batch, "prefill")
+    run(sampler, ask(tokens_of(30, seed=5), 40, max_tokens=3), weights=next_weights())
+    ((_, rows, _),) = chunks
+    assert sum(row is not None for row in rows) == 1
+
+
+def test_more_samples_than_pages_wait_and_draw_what_they_draw_side_by_side(sampler, monkeypatch):
+    request = ask(tokens_of(30), 40, max_tokens=25, seed=6, stop=[])
+    (expected,) = run(sampler, request)
+    draws = spy(monkeypatch, small()._batch, "draw")
+    same(expected, run(small(), request)[0])
+    assert len(draws) > 4
+
+
+def test_pages_are_reused_without_a_trace(sampler):
+    """A dozen sequences fill the small pool several times over."""
+    reference = model()[0]
+    for n in (20, 200, 90, 17, 300, 64):
+        p = tokens_of(n, seed=8)
+        (response,) = run(small(), ask(p, 2, max_tokens=30, seed=n, stop=[], prompt_logprobs=True), weights=next_weights())
+        check(reference, p, response)
+
+
+def test_a_sequence_that_gave_its_pages_up_comes_back_to_where_it_was(sampler, monkeypatch):
+    requests = [ask(tokens_of(40 + i), max_tokens=120, seed=i, stop=[], prompt_logprobs=True) for i in range(5)]
+    pauses = spy(monkeypatch, small()._seats, "pause")
+    responses = run(small(), *requests, weights=next_weights())
+    paused = [sequence.order for (sequence,) in pauses]
+    assert paused and min(paused) > 0, "the oldest never gives way"
+    for i, (response, expected) in enumerate(zip(responses, run(sampler, *requests), strict=True)):
+        same(response, expected)
+        check(model()[0], tokens_of(40 + i), response)
+
+
+def test_requests_end_in_order_when_pages_are_short(sampler):
+    requests = [ask(tokens_of(1 + 17 * i), 1 + i % 5, max_tokens=20, seed=i) for i in range(12)]
+    expected = run(sampler, *requests)
+    order = []
+    futures = [submit(small(), request) for request in requests]
+    for i, future in enumerate(futures):
+        future.add_done_callback(lambda _, i=i: order.append(i))
+    for a, b in zip(expected, finish(small(), *futures), strict=True):
+        same(a, b)
+    assert sum(abs(place - i) for place, i in enumerate(order)) <= len(order)
+
+
+def test_a_long_prompt_holds_nobody_up(sampler, monkeypatch):
+    """Rows decode between the calls of a prefill that takes several."""
+    monkeypatch.setattr(sampler, "_chunks", [1])
+    short = submit(sampler, ask(tokens_of(5), 2, max_tokens=3 * STEPS, stop=[]))
+    sampler.step()
+    long = submit(sampler, ask(tokens_of(320, seed=9), max_tokens=2, stop=[]), next_weights())
+    calls = spy(monkeypatch, sampler._batch, "prefill")
+    steps = 0
+    while not short.done():
+        sampler.step()
+        steps += 1
+    assert steps == 2 and len(calls) == 2 and not long.done()
+    finish(sampler, long)
+
+
+def test_the_first_that_finds_no_room_is_not_overtaken(sampler):
+    first = submit(small(), ask(tokens_of(200), max_tokens=30, stop=[], seed=0))
+    small().step()
+    large = submit(small(), ask(tokens_of(250), max_tokens=2, stop=[], seed=0))
+    little = submit(small(), ask(tokens_of(3), max_tokens=2, stop=[], seed=0))
+    small().step()
+    assert first.done() and not large.done() and not little.done()
+    finish(small(), large, little)
+
+
+def test_an_idle_sampler_holds_no_page_and_keeps_what_it_computed(sampler):
+    name, p = next_weights(), tokens_of(40)
+    run(sampler, ask(p, max_tokens=2), weights=name)
+    assert_idle(sampler)
+    assert run(sampler, ask(p, max_tokens=2), weights=name)[0].prompt_cache_hit_tokens == 32
+
+
+# -- cancellation ----------------------------------------------------------------------------------------------------
+
+
+def test_cancelling_frees_rows_at_the_next_step(sampler):
+    stays = submit(sampler, ask(tokens_of(5), max_tokens=60, stop=[]))
+    goes = submit(sampler, ask(tokens_of(6), 3, max_tokens=140, stop=[]))
+    sampler.step()
+    assert sampler.live_rows == 4
+    never = submit(sampler, ask(tokens_of(7), 300, max_tokens=60))
+    assert goes.cancel() and never.cancel()
+    sampler.step()
+    assert sampler.live_rows == 1 and sampler.waiting == 0
+    finish(sampler, stays)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 6))])
+def test_random_cancellation_leaks_nothing_and_disturbs_no_neighbour(sampler, seed):
+    """Few pages, several adapters, more samples than fit, cancelled at any moment."""
+    rng = np.random.default_rng(seed)
+    trees = {"base": None, "1": adapter(1), "2": adapter(2)}
+    lengths = (1, 14, 33, 97)
+
+    def request(length, samples):
+        return ask(tokens_of(length), samples, max_tokens=3 + 23 * (length % 4), seed=length, stop=[])
+
+    futures = {(w, n): submit(sampler, request(n, 9), w, tree) for w, tree in trees.items() for n in lengths}
+    finish(sampler)
+    whole = {key: [s.tokens for s in future.result(0).sequences] for key, future in futures.items()}
+    open_jobs, finished, cancelled, paused = [], 0, 0, 0
+    for _ in range(150):
+        if len(open_jobs) < 8:
+            key = list(whole)[rng.integers(len(whole))]
+            samples = int(rng.integers(1, 10))
+            open_jobs.append((submit(small(), request(key[1], samples), key[0], trees[key[0]]), key, samples))
+        if rng.random() < 0.2:
+            open_jobs[rng.integers(len(open_jobs))][0].cancel()
+        small().step()
+        paused += bool(small()._seats.paused)
+        at_work = [sequence.job for sequence in (*small()._seats.working, *small()._seats.paused)]
+        for job in set(at_work):
+            assert at_work.count(job) + len(job.done) + job.pending == job.ask.num_samples
+        for item in [item for item in open_jobs if item[0].done()]:
+            open_jobs.remove(item)
+            future, key, samples = item
+            cancelled += future.cancelled()
+            if not future.cancelled():
+                finished += 1
+                assert [s.tokens for s in future.result().sequences] == whole[key][:samples]
+    finish(small())
+    assert all(future.done() for future, *_ in open_jobs)
+    assert finished > 15 and cancelled > 10 and paused > 3
+
+
+# -- failure ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["draw", "prefill"])
+def test_a_failing_program_fails_what_it_served_and_the_others_come_back(sampler, monkeypatch, program):
+    """At the failure one request decodes, another is in the middle of its prompt, a third waits."""
+    monkeypatch.setattr(sampler, "_chunks", [1])
+    requests = [
+        ask(tokens_of(5), 4, max_tokens=60, stop=[], seed=3),
+        ask(tokens_of(200, seed=3), max_tokens=4, stop=[], seed=4, prompt_logprobs=True),
+        ask(tokens_of(9), max_tokens=5, stop=[], seed=5),
+    ]
+    expected = run(sampler, *requests, weights=next_weights())
+    name = next_weights()
+    decoding = submit(sampler, requests[0], name)
+    sampler.step()
+    filling = submit(sampler, requests[1], name)
+    sampler.step()
+    waiting = submit(sampler, requests[2], name)
+    with monkeypatch.context() as patch:
+
+        def explode(*_):
+            patch.undo()
+            raise RuntimeError("out of device memory")
+
+        patch.setattr(sampler._batch, program, explode)
+        sampler.step()
+    finish(sampler)
+    failed = decoding if program == "draw" else filling
+    for future, response in zip((decoding, filling, waiting), expected, strict=True):
+        if future is not failed:
+            same(future.result(0), response)
+    with pytest.raises(RequestFailedError, match="sampling failed: RuntimeError: out of device memory") as caught:
+        failed.result(0)
+    assert caught.value.category == "server" and isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_an_adapter_that_is_not_finite_fails_its_own_requests(sampler):
+    import jax
+
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), adapter(1))
+    good = ask(tokens_of(5), max_tokens=25, stop=[], seed=2)
+    expected = run(sampler, good)[0]
+    futures = [submit(sampler, good), submit(sampler, ask(tokens_of(5), 2, max_tokens=5), "broken", broken)]
+    futures.append(submit(sampler, good, "1", adapter(1)))
+    finish(sampler)
+    same(futures[0].result(0), expected)
+    check(merged(1), tokens_of(5), futures[2].result(0))
+    with pytest.raises(InternalServerError, match="logits that are not finite"):
+        futures[1].result(0)
+
+
+def test_a_tokenizer_that_fails_fails_its_request(sampler, monkeypatch):
+    def fail(tokens):
+        raise KeyError("no such token")
+
+    monkeypatch.setattr(sampler, "_decode_text", fail)
+    bad = submit(sampler, ask(tokens_of(5), 3, stop="x", max_tokens=20))
+    good = submit(sampler, ask(tokens_of(6), max_tokens=20, stop=[]))
+    finish(sampler, good)
+    assert isinstance(bad.exception(0), RequestFailedError)
+
+
+def test_closing_cancels_what_waits_and_what_runs():
+    closed = make(pages=24)
+    futures = [submit(closed, ask(tokens_of(200), max_tokens=100, stop=[])) for _ in range(3)]
+    closed.step()
+    closed.close()
+    assert all(future.cancelled() for future in futures)
+    assert_idle(closed)
+
+
+# -- meshes ----------------------------------------------------------------------------------------------------------
+
+
+def test_eight_devices_draw_what_one_draws(sampler):
+    requests = [ask(tokens_of(n), 4, max_tokens=20, seed=n, stop=[], prompt_logprobs=True) for n in (3, 20, 130)]
+    spread = shared(mesh=(("data", 2), ("fsdp", 2), ("tensor", 2)), pages=64)
+    futures = []
+    for name, reference in [("base", model()[0]), ("1", merged(1))]:
+        tree = None if name == "base" else adapter(1)
+        expected = run(sampler, *requests, weights=name, tree=tree)
+        for request, response in zip(requests, expected, strict=True):
+            futures.append((submit(spread, request, name, tree and placed(spread, tree)), request, response, reference))
+    finish(spread)
+    for future, request, response, reference in futures:
+        same(future.result(0), response)
+        check(reference, request.prompt.to_ints(), future.result(0))
+    pool = spread._batch._pool.k
+    assert pool.addressable_shards[0].data.shape[:2] == (pool.shape[0] // 4, 1)  # pages over 4, 2 key heads over 2
