@@ -20,8 +20,8 @@ def random_request(rng):
     stop = [[], None, "ab", [chr(98), "xyz"], rng.integers(2, 300, rng.integers(1, 12)).tolist()][rng.integers(5)]
     return ask(
         tokens_of(int(rng.integers(1, 90)), seed=int(rng.integers(3))),
-        int(rng.integers(1, 5)),
-        max_tokens=int(rng.integers(1, 40)),
+        int(rng.integers(1, 4)),
+        max_tokens=int(rng.integers(1, 30)),
         temperature=float(rng.choice([0, rng.uniform(0, 2)])),
         top_k=int(rng.integers(1, 50)),
         top_p=float(rng.uniform(0.1, 1)),
@@ -34,7 +34,7 @@ def random_request(rng):
 def test_after_a_warm_up_500_requests_of_all_kinds_compile_nothing(monkeypatch, caplog, few):
     caplog.set_level("INFO", "tinker_jax")
     if few:
-        monkeypatch.setattr(sampler_module, "ROWS", (1, 8, 64))
+        monkeypatch.setattr(sampler_module, "ROWS", (1, 4, 32))
         monkeypatch.setattr(sampler_module, "_CHUNKS", (1, 8))
     warm, rng = make(pages=400), np.random.default_rng(0)
     assert warm.warm_up(adapter(1, 8), adapters=2) == warm.programs
