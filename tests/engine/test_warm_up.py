@@ -1,0 +1,66 @@
+"""After a warm-up nothing compiles any more."""
+
+import numpy as np
+import pytest
+from sampler_cases import adapter, ask, check, finish, make, model, shared, submit, tokens_of
+
+from tinker_jax.engine import sampler as sampler_module
+from tinker_jax.engine.programs import Program
+
+
+def compiled(sampler):
+    """Variants that the sampler counts, and those that JAX keeps."""
+    parts = (sampler._batch, sampler._scorer, sampler._seats.lanes)
+    programs = [x for part in parts for x in vars(part).values() if isinstance(x, Program)]
+    assert sampler.programs == sum(program.count for program in programs)
+    return sampler.programs, sum(program._jit._cache_size() for program in programs)
+
+
+def random_request(rng):
+    stop = [[], None, "ab", [chr(98), "xyz"], rng.integers(2, 300, rng.integers(1, 12)).tolist()][rng.integers(5)]
+    return ask(
+        tokens_of(int(rng.integers(1, 90)), seed=int(rng.integers(3))),
+        int(rng.integers(1, 4)),
+        max_tokens=int(rng.integers(1, 30)),
+        temperature=float(rng.choice([0, rng.uniform(0, 2)])),
+        top_k=int(rng.integers(1, 50)),
+        top_p=float(rng.uniform(0.1, 1)),
+        stop=stop,
+        prompt_logprobs=bool(rng.integers(2)),
+    )
+
+
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fewer shapes", "every shape"])
+def test_after_a_warm_up_500_requests_of_all_kinds_compile_nothing(monkeypatch, caplog, few):
+    caplog.set_level("INFO", "tinker_jax")
+    if few:
+        monkeypatch.setattr(sampler_module, "ROWS", (1, 4, 32))
+        monkeypatch.setattr(sampler_module, "_CHUNKS", (1, 8))
+    warm, rng = make(pages=400), np.random.default_rng(0)
+    assert warm.warm_up(adapter(1, 8), adapters=2) == warm.programs
+    before = compiled(warm)
+    assert before[0] == before[1] == sum("compiled " in record.message for record in caplog.records)
+    trees = {"base": None, "one": adapter(1, 8), "two": adapter(2, 8)}
+    futures = []
+    while len(futures) < 500:
+        for _ in range(rng.integers(1, 60)):
+            name = list(trees)[rng.integers(3)]
+            futures.append(submit(warm, random_request(rng), name, trees[name]))
+        for _ in range(rng.integers(1, 6)):
+            warm.step()
+        if rng.random() < 0.2:
+            finish(warm)  # adapters come back to an empty batch, alone or together
+    finish(warm, *futures)
+    assert compiled(warm) == before
+
+
+def test_a_warm_up_disturbs_nobody(monkeypatch):
+    sampler = shared()
+    running = submit(sampler, ask(tokens_of(30), 2, max_tokens=40, seed=1, stop=[], prompt_logprobs=True))
+    sampler.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "_rows", sampler._rows[:2])
+        patch.setattr(sampler, "_chunks", sampler._chunks[:1])
+        sampler.warm_up(None)
+    finish(sampler)
+    check(model()[0], tokens_of(30), running.result(0))
