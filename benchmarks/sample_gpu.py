@@ -66,17 +66,17 @@ SMOKE = Work(32, 64, 1)
 # ---- arithmetic ----
 
 
-def token_bytes(cfg: DecoderConfig) -> int:
-    """Keys and values of one token."""
-    return 2 * ITEMSIZE * cfg.L * cfg.K * cfg.H
-
-
 def bytes_per_step(cfg: DecoderConfig, rows: int, work: Work) -> float:
     """Bytes that a decode step reads at least, by the formula at the top of this file."""
     embedding = 0 if cfg.tied else cfg.V * cfg.D
     adapter = lora.count(lora.abstract(lora_targets(cfg), RANK, GROUPS))
     context = work.prompt + (work.new // 2 + work.new) / 2
-    return memory.base_bytes(cfg, ITEMSIZE) - ITEMSIZE * embedding + 4 * adapter + rows * context * token_bytes(cfg)
+    return (
+        memory.base_bytes(cfg, ITEMSIZE)
+        - ITEMSIZE * embedding
+        + 4 * adapter
+        + rows * context * memory.token_bytes(cfg, ITEMSIZE)
+    )
 
 
 # ---- sides, each in a child ----
@@ -111,7 +111,7 @@ def ours(cfg: DecoderConfig, batches: Sequence[int], work: Work) -> Iterator[dic
         _qwen3.random_weights(cfg, mesh),
         mesh=mesh,
         dtype=jnp.bfloat16,
-        kv_bytes=min(free * 4 // 5, 2 * max(batches) * (work.prompt + work.new) * token_bytes(cfg)),
+        kv_bytes=min(free * 3 // 5, 2 * max(batches) * (work.prompt + work.new) * memory.token_bytes(cfg, ITEMSIZE)),
         stop_ids=(),
         decode_text=lambda ids: "",
     )

@@ -1,15 +1,18 @@
-"""Compiles the real training step for devices that need not be there."""
+"""Compiles the real training step and the sampler's programs for devices that need not be there."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tinker_jax import sharding
 from tinker_jax.engine import memory, trainer
+from tinker_jax.engine.decode_batch import DecodeBatch
 from tinker_jax.engine.packing import pack
+from tinker_jax.engine.sampling import Rows
+from tinker_jax.engine.seats import pages_for
 from tinker_jax.losses import default_config
 from tinker_jax.models.config import DecoderConfig, Rope
 from tinker_jax.models.weights import weights
@@ -39,14 +42,18 @@ def mesh_of(devices, shape: tuple[int, int, int]) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def abstract_params(mesh: Mesh, cfg: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Base weights in bfloat16, nothing allocated."""
+    return {
+        w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.bfloat16, sharding=sharding.named(mesh, w.full_axes))
+        for w in weights(cfg)
+    }
+
+
 def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
     """A micro-batch of cross-entropy as the planner and the packer make it for full rows, bfloat16, LoRA of rank 32 on all."""
     plan = memory.plan(cfg, 2, device_bytes, mesh.shape)
-
-    def param(w):
-        return jax.ShapeDtypeStruct(w.full_shape, jnp.bfloat16, sharding=sharding.named(mesh, w.full_axes))
-
-    params = {w.name: param(w) for w in weights(cfg)}
+    params = abstract_params(mesh, cfg)
     train = trainer.Trainer(cfg, params, mesh, plan)
     adapter, _ = train.abstract(LORA)
     count = -(-plan.token_budget // length)
@@ -59,6 +66,37 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
     static = {"loss_fn": "cross_entropy", "backward": True, "remat": plan.remat, "trained": trainer.groups(LORA)}
     step = jax.jit(train._step_fn, static_argnames=tuple(static))
     return step.lower(adapter, scale, params, batch, default_config("cross_entropy", None), **static)
+
+
+def lower_sampler(
+    mesh: Mesh, device_bytes: int, rows: int = 64, tokens: int = 4096, cfg: DecoderConfig = QWEN3_8B
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered, int]:
+    """A decode chunk of so many rows, and a prefill of 16 chunks of 256 tokens, under an adapter of rank 32, over pages that
+    hold so many tokens for each row; and the bytes of the pages on one device."""
+    parts = sharding.parts(mesh, "rows")
+    params = abstract_params(mesh, cfg)
+    plan = memory.plan(cfg, 2, device_bytes, mesh.shape, mesh.devices.flat[0].platform)
+    batch = DecodeBatch(cfg, params, mesh, jnp.bfloat16, rows // parts * pages_for(tokens) + 1, plan.unstack)
+    adapter, _ = trainer.Trainer(cfg, params, mesh, plan).abstract(LORA)
+    everywhere = sharding.replicated(mesh)
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    place = NamedSharding(mesh, batch._paged._pool_spec())
+    pool = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(batch._empty))
+    state = jax.tree.map(abstract, Rows.empty(rows, pages_for(cfg.context_length)))
+    chunk = jax.jit(batch._chunk, static_argnames="top", donate_argnums=2)
+    ids, lanes = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))
+    table = jax.ShapeDtypeStruct((16, pages_for(cfg.context_length)), jnp.int32, sharding=everywhere)
+    prefill = jax.jit(batch._forward, donate_argnums=2)
+    pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+    split = parts * (1 if batch._paged._heads() is None else mesh.shape["tensor"])
+    return (
+        chunk.lower(params, adapter, pool, state, top=0),
+        prefill.lower(params, adapter, pool, ids, ids, table, lanes),
+        pool_bytes // split,
+    )
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:

@@ -1,4 +1,4 @@
-"""The training step of Qwen3-8B compiles for one H200, with cuDNN's attention, within its memory."""
+"""Training step and sampler of Qwen3-8B compile for one H200 within its memory, the former with cuDNN's attention."""
 
 import os
 
@@ -24,3 +24,15 @@ def test_the_step_holds_cudnn_attention_and_fits_the_card(monkeypatch):
     text = compiled.as_text()
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
     assert aot.needed_bytes(compiled) < H200_BYTES
+
+
+@pytest.mark.timeout(3000)
+def test_decode_and_prefill_fit_the_card_and_leave_the_pool_in_place(monkeypatch):
+    pytest.importorskip("jax_cuda13_plugin")
+    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    devices = topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices
+    decode, prefill, pool_bytes = aot.lower_sampler(aot.mesh_of(devices, (1, 1, 1)), H200_BYTES)
+    for lowered in (decode, prefill):
+        compiled = lowered.compile()
+        assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
+        assert aot.needed_bytes(compiled) < H200_BYTES

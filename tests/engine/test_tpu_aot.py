@@ -1,4 +1,4 @@
-"""The training step of Qwen3-8B compiles for TPU slices, with the splash kernel, within the memory of a chip."""
+"""Training step and sampler of Qwen3-8B compile for TPU slices, with Pallas' attention kernels, within the memory of a chip."""
 
 import os
 
@@ -31,3 +31,17 @@ def test_the_step_holds_splash_attention_and_fits_the_chip(topology, shape, chip
     for phase in ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals"):
         assert f"splash_mha_{phase}" in text
     assert aot.needed_bytes(lowered.compile()) < chip_bytes
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 1, 8)])
+def test_decode_and_prefill_hold_paged_attention_and_fit_the_chip(shape):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
+    decode, prefill, pool_bytes = aot.lower_sampler(aot.mesh_of(devices, shape), V5E)
+    for lowered in (decode, prefill):
+        assert "ragged_paged_attention" in lowered.as_text()
+        compiled = lowered.compile()
+        assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
+        assert aot.needed_bytes(compiled) < V5E / 2

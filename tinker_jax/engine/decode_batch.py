@@ -47,12 +47,15 @@ class DecodeBatch:
         mesh: its parts of the rows have pages of their own; heads are cut over the tensor axis where that divides them.
         dtype: of keys and values.
         pages: of each layer and part of the rows, page 0 among them.
+        unstack: decode with a second copy of the layers' weights, see `tinker_jax.engine.memory.plan`.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any, pages: int) -> None:
+    def __init__(
+        self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any, pages: int, unstack: bool
+    ) -> None:
         self._cfg, self._params, self._pages_each = cfg, params, pages
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
-        self._unstack = mesh.devices.flat[0].platform == "cpu"
+        self._unstack = unstack
         self._pool: Pages | None = None
         self._make = Program(self._empty, "cache")
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
@@ -121,10 +124,7 @@ class DecodeBatch:
         R, T = tokens_RT.shape
         decoder, lanes = Decoder(self._cfg, params), own_lanes(lanes_R2, adapter)
         lanes_MR = None if lanes is None else jnp.repeat(lanes, T, axis=0)
-        layers = decoder.unstacked(adapter) if self._unstack else None
-        h_MD, pages = decoder.extend(
-            tokens_RT, positions_RT, tables_RW, pages, adapter, lanes_MR, paged=self._paged, layers=layers
-        )
+        h_MD, pages = decoder.extend(tokens_RT, positions_RT, tables_RW, pages, adapter, lanes_MR, paged=self._paged)
         return h_MD.reshape(R, T, -1), pages
 
     def _chunk(self, params, adapter, pages, rows, *, top):

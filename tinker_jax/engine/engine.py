@@ -155,6 +155,7 @@ class Engine:
             mesh=mesh,
             dtype=dtype,
             kv_bytes=plan.kv_bytes,
+            unstack=plan.unstack,
             stop_ids=_stop_ids(directory),
             decode_text=_Text(directory),
             deterministic=self.config.deterministic,

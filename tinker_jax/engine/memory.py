@@ -30,11 +30,13 @@ POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits: positions per micro-batch, rematerialisation policy, bytes for the key/value cache on each device."""
+    """What fits: positions per micro-batch, rematerialisation policy, bytes for the key/value cache on each device, and whether
+    decoding may hold a second copy of the layers' weights."""
 
     token_budget: int
     remat: Remat
     kv_bytes: int
+    unstack: bool = False
 
 
 class OutOfMemory(MemoryError):
@@ -119,7 +121,9 @@ def plan(
 
     After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
     and half to the activations of its rows; the rest is left to adapters, optimiser state and XLA's temporaries. Of the
-    policies under which a useful micro-batch fits, the one that recomputes least is taken.
+    policies under which a useful micro-batch fits, the one that recomputes least is taken. Where the weights take no more than
+    a quarter of what is left, decoding cuts each layer's out of the stack once for many steps: compiled for CPUs and GPUs, a
+    slice of a stack is a copy at every step. A TPU reads it in place.
 
     Args:
         cfg: shape of the model.
@@ -129,7 +133,8 @@ def plan(
         platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`.
     """
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
-    free = max(0, memory - base_bytes(cfg, itemsize) // (fsdp * tensor))
+    base = base_bytes(cfg, itemsize) // (fsdp * tensor)
+    free = max(0, memory - base)
     most = _MOST_TOKENS_CPU if platform == "cpu" else _MOST_TOKENS
     tokens, remat = 0, POLICIES[-1]
     for remat in POLICIES:
@@ -139,4 +144,5 @@ def plan(
     kv_bytes = free // 5
     if platform == "cpu":
         kv_bytes = min(kv_bytes, max(_MOST_CACHED_CPU, cfg.context_length + 1) * token_bytes(cfg, itemsize, tensor))
-    return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=kv_bytes)
+    unstack = platform != "tpu" and base <= free // 4
+    return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=kv_bytes, unstack=unstack)

@@ -61,6 +61,7 @@ class Sampler:
         kv_bytes: bytes of each device for keys and values.
         stop_ids: end-of-sequence tokens of the model.
         decode_text: tokens to text, for string stops. Special tokens count as text.
+        unstack: decode with a second copy of the layers' weights, see `tinker_jax.engine.memory.plan`.
         deterministic: compute every row in programs of one shape, under one adapter at a time, on keys and values that were
             computed the same way: results are then the same bit for bit whatever else runs. Slower with few rows.
     """
@@ -75,6 +76,7 @@ class Sampler:
         kv_bytes: int,
         stop_ids: Iterable[int],
         decode_text: Callable[[Any], str],
+        unstack: bool = True,
         deterministic: bool = False,
     ) -> None:
         self._cfg, self._stop_ids, self._decode_text = cfg, tuple(stop_ids), decode_text
@@ -92,7 +94,7 @@ class Sampler:
         most = self._rows[-1] * pages_for(cfg.context_length)
         self._pages = max(0, min(kv_bytes // self._page_bytes - 1, most))
         self._seats = Seats(self._pages, parts, self._rows[-1], cfg.context_length, deterministic)
-        self._batch = DecodeBatch(cfg, params, mesh, dtype, self._pages + 1)
+        self._batch = DecodeBatch(cfg, params, mesh, dtype, self._pages + 1, unstack)
         self._scorer = Scorer(cfg, params)
         self._waiting: collections.deque[Job] = collections.deque()
 
