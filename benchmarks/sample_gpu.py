@@ -2,7 +2,7 @@
 
 Random bfloat16 weights are made on the device, nothing is read or fetched. Unmerged LoRA of rank 16 on the seven projections;
 random prompts of 128 tokens, 1,024 new tokens each at temperature 1, no stops. Ours goes through the sampler, which gets all
-requests of a batch at once, and room for twice their keys and values or four fifths of what the weights leave, whichever is
+requests of a batch at once, and room for twice their keys and values or three fifths of what the weights leave, whichever is
 less. Torch is transformers' `generate` (sdpa, bfloat16) with PEFT, which keeps adapters in float32.
 
     tokens/s      new tokens over the time of the whole call, prefill included
