@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import json
 import logging
 import secrets
 import threading
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,21 +24,21 @@ import numpy as np
 from tinker_jax import lora as lora_lib
 from tinker_jax import sharding
 from tinker_jax.checkpoints.hf_import import load_base
-from tinker_jax.checkpoints.hub import load_tokenizer, resolve
+from tinker_jax.checkpoints.hub import resolve
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine import memory
 from tinker_jax.engine.config import EngineConfig
+from tinker_jax.engine.model_files import Text, read_config, stop_ids
 from tinker_jax.engine.pending import Pending
 from tinker_jax.engine.programs import keep_compiled
 from tinker_jax.engine.sampler import Sampler
 from tinker_jax.engine.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.engine.validate import check_data
 from tinker_jax.engine.worker import Detour, Worker
-from tinker_jax.models.config import DecoderConfig, parse
 from tinker_jax.models.weights import weights
 from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
-from tinker_jax.types.errors import BadRequestError, NotFoundError, UnprocessableEntityError
+from tinker_jax.types.errors import NotFoundError, UnprocessableEntityError
 
 if TYPE_CHECKING:
     from tinker_jax.types import AdamParams, SampleRequest, SampleResponse
@@ -138,7 +136,7 @@ class Engine:
         self._store = Store(self.config.home)
         keep_compiled(self._store.home)  # before anything compiles
         directory = resolve(self.base_model)
-        cfg = _read_config(directory)
+        cfg = read_config(directory)
         mesh = sharding.make_mesh(self.config.mesh)
         dtype = jnp.dtype(self.config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         table = weights(cfg)
@@ -156,8 +154,8 @@ class Engine:
             dtype=dtype,
             kv_bytes=plan.kv_bytes,
             unstack=plan.unstack,
-            stop_ids=_stop_ids(directory),
-            decode_text=_Text(directory),
+            stop_ids=stop_ids(directory),
+            decode_text=Text(directory),
             deterministic=self.config.deterministic,
         )
         self._params, self._trainer, self._sampler = params, trainer, sampler
@@ -485,35 +483,3 @@ def _describe(lora: LoraConfig) -> str:
 def _only_targets(datum: Datum) -> Datum:
     targets = datum.loss_fn_inputs.get("target_tokens")
     return Datum(model_input=datum.model_input, loss_fn_inputs={} if targets is None else {"target_tokens": targets})
-
-
-def _read_config(directory: Path) -> DecoderConfig:
-    file = directory / "config.json"
-    try:
-        return parse(json.loads(file.read_text()))
-    except FileNotFoundError:
-        raise NotFoundError(f"{directory} has no config.json; is it a Hugging Face model directory?") from None
-    except json.JSONDecodeError as error:
-        raise BadRequestError(f"{file} is not valid JSON: {error}.") from None
-
-
-def _stop_ids(directory: Path) -> tuple[int, ...]:
-    """The model's end-of-sequence ids: generation_config.json, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        file = directory / name
-        if file.exists() and (eos := json.loads(file.read_text()).get("eos_token_id")) is not None:
-            return tuple(eos) if isinstance(eos, list) else (int(eos),)
-    return ()
-
-
-class _Text:
-    """Token ids → text, for stop strings. Loads the tokenizer at its first use."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._tokenizer: Any = None
-
-    def __call__(self, tokens: Sequence[int]) -> str:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._directory)
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
