@@ -79,6 +79,7 @@ class Job:
         adapter: scaled, or None.
         future: cancelled by the user at any moment.
         top: compiled width of the likeliest tokens that are reported.
+        sound: its adapter is known to be finite.
         begun: number of samples that ever got a place.
         done: those that ended, by number.
         scores: numbers about the prompt, or None when none is asked for.
@@ -91,6 +92,7 @@ class Job:
     adapter: Adapter | None
     future: Future[SampleResponse]
     top: int = 0
+    sound: bool = False
     begun: int = 0
     done: dict[int, SampledSequence] = field(default_factory=dict)
     scores: PromptScores | None = None

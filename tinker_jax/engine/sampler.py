@@ -260,16 +260,16 @@ class Sampler:
 
     def _sound(self, job: Job) -> bool:
         """Fails a request whose adapter is not finite."""
-        if job.adapter is None or job.weights in self._seats.lanes.names:
+        if job.sound or job.adapter is None or job.weights in self._seats.lanes.names:
             return True
+        error: Exception = InternalServerError(_NOT_FINITE)
         try:
-            if self._seats.lanes.finite(job.adapter):
-                return True
-        except Exception as error:
+            job.sound = self._seats.lanes.finite(job.adapter)
+        except Exception as failure:
+            error = failure
+        if not job.sound:
             self._fail([job], error)
-            return False
-        self._fail([job], InternalServerError(_NOT_FINITE))
-        return False
+        return job.sound
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 
