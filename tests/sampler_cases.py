@@ -15,14 +15,16 @@ import torch
 
 from tinker_jax import lora, sharding
 from tinker_jax.engine.sampler import Sampler
+from tinker_jax.engine.seats import pages_for
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams
 
-CONTEXT = 330  # a multiple of neither pages nor chunks nor blocks of attention
-CHUNK, BLOCK = 64, 128  # of a prefill and of attention on CPU
+CONTEXT = 330  # a multiple of neither pages nor chunks
+CHUNK = 64  # of a prefill on CPU
+FEW = 2 * pages_for(CONTEXT)
 EOS = 1
-BORDERS = sorted({n + d for n in (PAGE, 2 * PAGE, CHUNK, BLOCK, 3 * CHUNK, 2 * BLOCK) for d in (-1, 0, 1, 2)})
+BORDERS = sorted({n + d for n in (16, PAGE, 2 * PAGE, CHUNK, 2 * CHUNK, 3 * CHUNK, 4 * CHUNK) for d in (-1, 0, 1, 2)})
 
 _NAMES = itertools.count()
 
@@ -45,12 +47,7 @@ def model(family="qwen3"):
     return reference, dataclasses.replace(cfg, context_length=CONTEXT), params
 
 
-def token_bytes():
-    cfg = model()[1]
-    return 2 * cfg.L * cfg.K * cfg.H * 4
-
-
-def make(family="qwen3", *, mesh=None, pages=2048, deterministic=False, stop_ids=(EOS,), decode_text=text, **change):
+def make(family="qwen3", *, mesh=None, pages=1024, deterministic=False, stop_ids=(EOS,), decode_text=text, **change):
     """A sampler of its own, whose programs compile anew; `pages` of each part of the rows."""
     _, cfg, params = model(family)
     cfg = dataclasses.replace(cfg, **change)
@@ -76,8 +73,8 @@ def shared(**settings):
 
 
 def small():
-    """A shared sampler with room for little more than one sequence as long as the context."""
-    return shared(pages=24)
+    """A shared sampler with room for two sequences as long as the context."""
+    return shared(pages=FEW)
 
 
 @cache
@@ -148,6 +145,11 @@ def assert_idle(sampler):
     """Nothing is left of any request."""
     assert sampler.live_rows == sampler.waiting == sampler.held_pages == 0
     assert not sampler._seats.lanes.names
+
+
+def whole_pages(tokens):
+    """So many of the first tokens lie in full pages."""
+    return tokens // PAGE * PAGE
 
 
 def tokens_of(length, seed=0):

@@ -4,7 +4,24 @@ import itertools
 
 import numpy as np
 import pytest
-from sampler_cases import adapter, ask, assert_idle, check, finish, model, next_weights, run, same, shared, submit, tokens_of
+from sampler_cases import (
+    FEW,
+    adapter,
+    ask,
+    assert_idle,
+    check,
+    finish,
+    model,
+    next_weights,
+    run,
+    same,
+    shared,
+    spy,
+    submit,
+    tokens_of,
+)
+
+from tinker_jax.kernels.decode_attention import PAGE
 
 REQUESTS = {  # by name: lengths at and beyond the borders of pages, chunks, blocks
     "short": ask(tokens_of(1, seed=1), 2, max_tokens=30, seed=1, stop=[]),
@@ -69,7 +86,7 @@ def test_in_any_order_of_arrival(exact, alone):
             same(future.result(0), alone[name], atol=0)
 
 
-@pytest.mark.parametrize("length", [1, 16, 40, 70])
+@pytest.mark.parametrize("length", [1, PAGE + 1, 2 * PAGE + 9])
 def test_with_its_prompt_cached_wholly_or_in_part(exact, alone, length):
     """`length` tokens of each prompt, and an answer to them, were computed before."""
     weights = next_weights()
@@ -81,10 +98,11 @@ def test_with_its_prompt_cached_wholly_or_in_part(exact, alone, length):
 
 def test_after_a_turn_whose_answer_it_repeats(exact):
     """An answer is computed anew as part of the next prompt: decoding rounds another way than a prefill."""
-    first = run(exact, ask(tokens_of(40, seed=5), max_tokens=40, seed=1, stop=[]), weights="one")[0].sequences[0].tokens
-    turn = ask([*tokens_of(40, seed=5), *first, 7, 8], max_tokens=20, seed=2, stop=[])
+    prompt = tokens_of(PAGE + 8, seed=5)
+    first = run(exact, ask(prompt, max_tokens=2 * PAGE, seed=1, stop=[]), weights="one")[0].sequences[0].tokens
+    turn = ask([*prompt, *first, 7, 8], max_tokens=20, seed=2, stop=[])
     cached, fresh = run(exact, turn, weights="one")[0], run(exact, turn, weights="two")[0]
-    assert cached.prompt_cache_hit_tokens == 32 and fresh.prompt_cache_hit_tokens == 0
+    assert cached.prompt_cache_hit_tokens == PAGE and fresh.prompt_cache_hit_tokens == 0
     same(cached, fresh, atol=0)
 
 
@@ -115,12 +133,17 @@ def test_with_other_adapters_present(exact, alone):
     same(adapted.result(0), expected, atol=0)
 
 
-def test_while_it_waits_for_pages(alone):
-    tight = shared(deterministic=True, pages=24)
+def test_while_it_waits_for_pages(alone, monkeypatch):
+    """Nobody gives pages up: what decoding made would be computed anew by a prefill."""
+    tight = shared(deterministic=True, pages=FEW)
+    pauses = spy(monkeypatch, tight._seats, "pause")
     weights = next_weights()
     crowd = [submit(tight, other, weights) for other in others(12)]
     futures = {name: submit(tight, request, weights) for name, request in REQUESTS.items()}
     crowd += [submit(tight, other, weights) for other in others(6, seed=1)]
+    tight.step()
+    assert tight.waiting > 6
     finish(tight)
+    assert not pauses
     for name, future in futures.items():
         same(future.result(0), alone[name], atol=0)

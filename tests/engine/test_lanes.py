@@ -9,6 +9,7 @@ from sampler_cases import adapter, ask, check, finish, merged, next_weights, run
 from tinker_jax import lora
 from tinker_jax.engine.lanes import MOST_LANES, Lanes, describe
 from tinker_jax.engine.sampling import own_lanes
+from tinker_jax.kernels.decode_attention import PAGE
 
 SHAPES = {"a": (1, 4, ("attn", "mlp", "unembed")), "b": (2, 16, ("attn",)), "c": (3, 8, ("mlp", "unembed"))}
 
@@ -113,7 +114,7 @@ def test_an_adapter_that_is_not_finite_is_told_from_others():
 
 def test_rows_under_way_go_on_with_replaced_values_and_later_requests_share_nothing_of_the_old(monkeypatch):
     sampler, name = shared(), next_weights()
-    p, new = tokens_of(40), adapter(2)
+    p, new = tokens_of(PAGE + 8), adapter(2)
     running = submit(sampler, ask(p, max_tokens=40, stop=[], seed=1), name, adapter(1))
     sampler.step()
     sampler.replace(name, new)
@@ -127,5 +128,5 @@ def test_rows_under_way_go_on_with_replaced_values_and_later_requests_share_noth
     np.testing.assert_allclose(sequence.logprobs_np[:16], old.logprobs_np[:16], atol=1e-5)
     assert np.abs(sequence.logprobs_np[16:] - old.logprobs_np[16:]).max() > 0.01
     again = run(sampler, ask(p, max_tokens=8, stop=[], seed=1), weights=name, tree=new)[0]
-    assert again.prompt_cache_hit_tokens == 32
+    assert again.prompt_cache_hit_tokens == PAGE
     same(again, later.result(0))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from sampler_cases import (
-    CHUNK,
+    BORDERS,
     CONTEXT,
+    FEW,
     adapter,
     ask,
     assert_idle,
@@ -20,6 +21,7 @@ from sampler_cases import (
     spy,
     submit,
     tokens_of,
+    whole_pages,
 )
 
 from tinker_jax.kernels.decode_attention import PAGE
@@ -37,11 +39,7 @@ def idle(sampler):
     assert_idle(small())
 
 
-def whole_pages(tokens):
-    return tokens // PAGE * PAGE
-
-
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, CHUNK, CHUNK + 1, 128, 129, 200, CONTEXT])
+@pytest.mark.parametrize("length", [1, *BORDERS, CONTEXT])
 def test_a_prompt_seen_before_is_reused_up_to_the_last_page_before_its_last_token(sampler, length):
     name, p = next_weights(), tokens_of(length, seed=1)
     request = ask(p, 2, max_tokens=4, seed=1, stop=[], topk_sample_logprobs=2)
@@ -65,14 +63,14 @@ def test_a_conversation_reuses_its_own_prompts_and_answers(sampler):
 
 
 def test_prompts_that_part_share_what_is_before(sampler):
-    name, stem = next_weights(), tokens_of(70, seed=3)
+    name, stem = next_weights(), tokens_of(4 * PAGE + 6, seed=3)
     run(sampler, ask(stem, max_tokens=1), weights=name)
     for prompt, known in [
-        ([*stem[:50], *tokens_of(30)], 48),
-        ([*stem[:48], *tokens_of(30)], 48),
-        ([*stem[:47], *tokens_of(30)], 32),
+        ([*stem[: 3 * PAGE + 2], *tokens_of(30)], 3 * PAGE),
+        ([*stem[: 3 * PAGE], *tokens_of(30)], 3 * PAGE),
+        ([*stem[: 3 * PAGE - 1], *tokens_of(30)], 2 * PAGE),
         ([5, *stem], 0),
-        (stem[:48], 32),
+        (stem[: 3 * PAGE], 2 * PAGE),
     ]:
         (response,) = run(sampler, ask(prompt, max_tokens=6, stop=[], seed=0), weights=name)
         assert response.prompt_cache_hit_tokens == known
@@ -91,7 +89,7 @@ def test_requests_of_one_prompt_that_arrive_together_compute_it_once(sampler, mo
 
 
 def test_other_weights_reuse_nothing(sampler):
-    p = tokens_of(60, seed=5)
+    p = tokens_of(2 * PAGE + 9, seed=5)
     for seed in (1, 2):
         (response,) = run(sampler, ask(p, max_tokens=6, stop=[]), weights=next_weights(), tree=adapter(seed))
         assert response.prompt_cache_hit_tokens == 0
@@ -99,28 +97,28 @@ def test_other_weights_reuse_nothing(sampler):
 
 
 def test_changed_weights_reuse_nothing(sampler):
-    name, p = next_weights(), tokens_of(60, seed=6)
+    name, p = next_weights(), tokens_of(2 * PAGE + 9, seed=6)
     request = ask(p, max_tokens=6, stop=[])
     run(sampler, request, weights=name, tree=adapter(1))
     sampler.replace(name, adapter(2))
     (response,) = run(sampler, request, weights=name, tree=adapter(2))
     assert response.prompt_cache_hit_tokens == 0
     check(merged(2), p, response)
-    assert run(sampler, request, weights=name, tree=adapter(2))[0].prompt_cache_hit_tokens == 48
+    assert run(sampler, request, weights=name, tree=adapter(2))[0].prompt_cache_hit_tokens == 2 * PAGE
 
 
-@pytest.mark.parametrize(("last_n", "hits"), [(None, 0), (150, 48), (1, 192), (20, 176), (199, 0)])
-def test_a_prompt_that_is_scored_reuses_only_what_lies_before_its_scores(sampler, last_n, hits):
+@pytest.mark.parametrize("last_n", [None, 1, 20, 100, 130, 199])
+def test_a_prompt_that_is_scored_reuses_only_what_lies_before_its_scores(sampler, last_n):
     name, p = next_weights(), tokens_of(200, seed=7)
     run(sampler, ask(p, max_tokens=1), weights=name)
     request = ask(p, max_tokens=4, stop=[], prompt_logprobs=True, topk_prompt_logprobs=2, prompt_logprobs_last_n=last_n)
     (response,) = run(sampler, request, weights=name)
-    assert response.prompt_cache_hit_tokens == hits
+    assert response.prompt_cache_hit_tokens == whole_pages(199 - (last_n or 199))
     assert np.isfinite(response.prompt_logprobs_np).sum() == (last_n or 199)
     check(model()[0], p, response)
 
 
-@pytest.mark.parametrize("length", [16, 17, 18, 30, 32, 33, 129])
+@pytest.mark.parametrize("length", [*range(PAGE, PAGE + 3), 30, 2 * PAGE, 2 * PAGE + 1, 2 * PAGE + 2])
 def test_samples_fork_on_and_off_the_border_of_a_page(sampler, length):
     p = tokens_of(length, seed=8)
     (response,) = run(sampler, ask(p, 5, max_tokens=20, seed=3, stop=[], prompt_logprobs=True), weights=next_weights())
@@ -130,29 +128,31 @@ def test_samples_fork_on_and_off_the_border_of_a_page(sampler, length):
 
 def test_samples_that_begin_after_others_ended_are_as_good(sampler):
     """Rows come one by one; by then the first sample has written into its copy of the prompt's last page."""
-    p = tokens_of(40, seed=9)
-    request = ask(p, 7, max_tokens=90, seed=4, stop=[])
+    p = tokens_of(PAGE + 24, seed=9)
+    request = ask(p, 20, max_tokens=90, seed=4, stop=[])
     (response,) = run(small(), request, weights=next_weights())
     check(model()[0], p, response)
     same(response, run(sampler, request)[0])
 
 
-def test_what_is_needed_pushes_the_oldest_of_what_is_only_remembered_out(sampler):
+def test_what_is_used_again_outlives_what_is_not(sampler):
     name = next_weights()
-    old, new = tokens_of(100, seed=10), tokens_of(100, seed=11)
-    for p in (old, new):
-        run(small(), ask(p, max_tokens=1), weights=name)
-    run(small(), ask(tokens_of(250, seed=12), max_tokens=1), weights=next_weights())
-    hits = {}
-    for key, p in (("new", new), ("old", old)):
-        (response,) = run(small(), ask(p, max_tokens=6, stop=[], seed=0), weights=name)
-        hits[key] = response.prompt_cache_hit_tokens
-        check(model()[0], p, response)
-    assert hits == {"new": 96, "old": 32}  # 12 of 24 pages were free, 16 were needed
+    left, used = tokens_of(3 * PAGE + 4, seed=10), tokens_of(3 * PAGE + 4, seed=11)
+
+    def hits(prompt):
+        (response,) = run(small(), ask(prompt, max_tokens=1, stop=[], seed=0), weights=name)
+        check(model()[0], prompt, response)
+        return response.prompt_cache_hit_tokens
+
+    assert hits(left) == hits(used) == 0
+    for i in range(FEW):  # each leaves one page behind
+        run(small(), ask(tokens_of(PAGE + 1, seed=100 + i), max_tokens=1), weights=next_weights())
+        assert hits(used) == 3 * PAGE
+    assert hits(left) == 0
 
 
 def test_a_failure_forgets_every_page(sampler, monkeypatch):
-    name, p = next_weights(), tokens_of(60, seed=13)
+    name, p = next_weights(), tokens_of(2 * PAGE + 9, seed=13)
     run(sampler, ask(p, max_tokens=1), weights=name)
     failing = submit(sampler, ask(p, max_tokens=1), name)
     sampler.fail(RuntimeError("lost"))

@@ -26,6 +26,7 @@ from sampler_cases import (
     tokens_of,
 )  # fmt: skip
 
+from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams, TensorData
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
@@ -324,7 +325,7 @@ def test_images_are_refused(sampler):
 
 
 def test_a_request_that_never_fits_the_cache_is_refused_with_the_numbers():
-    small = make(pages=10)
-    with pytest.raises(BadRequestError, match=r"A prompt of 50 tokens with max_tokens=112 needs [\d,]+ bytes .* engine has"):
-        submit(small, ask(tokens_of(50), max_tokens=112))
-    assert small.parse(ask(tokens_of(50), max_tokens=111)).need == 160
+    small, most = make(pages=3), 3 * PAGE - 49  # the last token drawn is never fed back
+    with pytest.raises(BadRequestError, match=rf"A prompt of 50 tokens with max_tokens={most + 1} needs [\d,]+ bytes .* has"):
+        submit(small, ask(tokens_of(50), max_tokens=most + 1))
+    assert small.parse(ask(tokens_of(50), max_tokens=most)).need == 3 * PAGE
