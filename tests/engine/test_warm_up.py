@@ -61,3 +61,8 @@ def test_a_warm_up_disturbs_nobody(monkeypatch):
         sampler.warm_up(None)
     finish(sampler)
     check(model()[0], tokens_of(30), running.result(0))
+
+
+def test_a_warm_up_needs_no_room_for_a_whole_context():
+    small = make(pages=1, deterministic=True, context_length=1024)
+    assert small.warm_up(None) == small.programs > 0

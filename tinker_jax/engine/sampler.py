@@ -25,7 +25,7 @@ from tinker_jax.engine.asks import Ask, parse
 from tinker_jax.engine.decode_batch import Chunk, DecodeBatch
 from tinker_jax.engine.jobs import Job, Sequence
 from tinker_jax.engine.memory import token_bytes
-from tinker_jax.engine.sampling import STOP_IDS, Drawn, Rows
+from tinker_jax.engine.sampling import Drawn, Rows
 from tinker_jax.engine.scoring import PromptScores, Scorer, needs, width
 from tinker_jax.engine.seats import Seats, pages_for
 from tinker_jax.engine.stops import first_stop
@@ -186,8 +186,8 @@ class Sampler:
         trees: list[Adapter | None] = [None]
         if adapter is not None:
             trees += self._seats.lanes.warm_up(adapter, adapters)
-        scored = SampleRequest(prompt=ModelInput.from_ints([0, 0]), sampling_params=SamplingParams(), prompt_logprobs=True)
-        probe = self.parse(scored)
+        two, params = ModelInput.from_ints([0, 0]), SamplingParams(max_tokens=1)
+        probe = self.parse(SampleRequest(prompt=two, sampling_params=params, prompt_logprobs=True))
         for tree in trees:
             for rows in self._rows:
                 self._batch.draw(tree, Rows.empty(rows * parts, context), 0)
@@ -336,7 +336,7 @@ class Sampler:
             adapter = self._seats.lanes.tree()
             rows = Rows.empty(S * len(of_part), pages_for(self._cfg.context_length))
             for place, sequence in places.items():
-                self._describe(rows, place, sequence)
+                self._seats.put(rows, place, sequence)
             drawn = self._batch.draw(adapter, rows, max(s.job.top for s in ready))
         except Exception as error:
             self._lose_cache(error, {sequence.job for sequence in ready})
@@ -344,22 +344,6 @@ class Sampler:
         for place, sequence in places.items():
             if sequence.pages:  # a sibling's failure ends the request's other rows
                 self._harvest(sequence, place, drawn)
-
-    def _describe(self, rows: Rows, place: int, sequence: Sequence) -> None:
-        ask = sequence.job.ask
-        rows.token[place] = sequence.drawn[-1] if sequence.drawn else ask.prompt[-1]
-        rows.position[place] = sequence.computed
-        rows.remaining[place] = sequence.remaining
-        rows.live[place] = True
-        rows.temperature[place] = ask.temperature
-        rows.top_k[place] = ask.top_k
-        rows.top_p[place] = ask.top_p
-        rows.seed[place] = ask.seed
-        rows.sample[place] = sequence.index
-        if len(ask.stop.ids) <= STOP_IDS:
-            rows.stop_ids[place, : len(ask.stop.ids)] = ask.stop.ids
-        rows.lanes[place] = self._seats.lanes.span(sequence.job.weights)
-        rows.table[place] = self._seats.table(sequence)
 
     def _harvest(self, sequence: Sequence, place: int, drawn: Drawn) -> None:
         """Takes a row's new tokens; ends the row where its stop rule or its budget says so."""

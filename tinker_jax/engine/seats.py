@@ -14,6 +14,7 @@ from tinker_jax.engine.decode_batch import STEPS
 from tinker_jax.engine.jobs import Job, Sequence
 from tinker_jax.engine.lanes import Lanes
 from tinker_jax.engine.pages import PagePool
+from tinker_jax.engine.sampling import STOP_IDS, Rows
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
 
@@ -174,6 +175,23 @@ class Seats:
         table = np.zeros(self._most_pages, np.int32)
         table[: len(sequence.pages)] = sequence.pages
         return table
+
+    def put(self, rows: Rows, place: int, sequence: Sequence) -> None:
+        """Describes a sequence that is ready to be decoded in a place of a decode batch."""
+        ask = sequence.job.ask
+        rows.token[place] = sequence.drawn[-1] if sequence.drawn else ask.prompt[-1]
+        rows.position[place] = sequence.computed
+        rows.remaining[place] = sequence.remaining
+        rows.live[place] = True
+        rows.temperature[place] = ask.temperature
+        rows.top_k[place] = ask.top_k
+        rows.top_p[place] = ask.top_p
+        rows.seed[place] = ask.seed
+        rows.sample[place] = sequence.index
+        if len(ask.stop.ids) <= STOP_IDS:
+            rows.stop_ids[place, : len(ask.stop.ids)] = ask.stop.ids
+        rows.lanes[place] = self.lanes.span(sequence.job.weights)
+        rows.table[place] = self.table(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Takes a sequence's row and pages."""
