@@ -415,13 +415,13 @@ class Engine:
         def run() -> None:
             state = self._adapter(model_id)
             adapter = lora_lib.scaled(state.params, state.scale)
-            names = [sampler_id]
+            self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
             if inflight:
-                names = self._inflight.setdefault(model_id, [])
-                names.append(sampler_id)
-            for name in names:
-                self._samplers[name] = _SamplerWeights(name, adapter)
-                self._sampler.replace(name, adapter)
+                followers = self._inflight.setdefault(model_id, [])
+                for name in followers:
+                    self._samplers[name] = _SamplerWeights(name, adapter)
+                    self._sampler.replace(name, adapter)
+                followers.append(sampler_id)
 
         return self._worker.submit(model_id, run, before=sampler_id)
 
