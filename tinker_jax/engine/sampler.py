@@ -37,7 +37,7 @@ from tinker_jax.types.model_input import ModelInput
 from tinker_jax.types.sampling import SampleRequest, SampleResponse, SamplingParams
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows a decode program is compiled for. On accelerators, which wait for the weights whatever the rows, only every other."""
+"""Rows a decode program is compiled for. Fewer counts on accelerators, which wait for the weights whatever the rows."""
 _ROWS_ACCELERATOR = (8, 32, 128, 256)
 _ROWS_DETERMINISTIC = (64,)
 

@@ -4,7 +4,8 @@ Pre-norm blocks of grouped-query attention and a gated MLP. The families differ 
 rotary frequencies, Qwen2.5 has biases on q, k and v, Qwen3 normalises every query and key head.
 
 A `Decoder` is built inside a jitted function from the flat parameter dict (docs/architecture.md), so that no module graph is
-walked outside. Layers are stacked on a leading axis and scanned: compile time does not grow with depth.
+walked outside. Layers are stacked on a leading axis and scanned, so compile time does not grow with depth, except where
+`extend` is given them one by one.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Backend:
 class PagedAttention:
     """Attention over pages for programs of one mesh.
 
-    A pool holds the keys and values of one layer in pages of `PAGE` tokens: a pytree whose arrays have the page as their first
+    A pool holds keys and values in pages of `PAGE` tokens: a pytree whose arrays have the page as their first
     axis and are otherwise the implementation's own business. A row's table names its pages in the order of their positions.
     Page 0 belongs to no row: padding is written there, and what it holds is never seen.
 

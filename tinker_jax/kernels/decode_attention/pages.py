@@ -1,4 +1,4 @@
-"""The pool of pages of one layer, as the plain formula and the XLA backend keep it."""
+"""The pool of pages, as the plain formula and the XLA backend keep it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ with blocks of 128 put together from smaller pages. Prefixes are shared by whole
 
 
 class Pages(NamedTuple):
-    """Keys [P, K, H, PAGE] and values [P, K, PAGE, H] of one layer. Page 0 belongs to no row: padding is written there.
+    """Keys [P, K, H, PAGE] and values [P, K, PAGE, H]. Page 0 belongs to no row: padding is written there.
 
     Keys lie as the product with a query wants them; a CPU would transpose them in every product.
     """

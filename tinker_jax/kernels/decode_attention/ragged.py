@@ -15,7 +15,7 @@ _KEYS, _QUERIES = 512, 32
 
 
 class CombinedPages(NamedTuple):
-    """Keys and values of one layer, [P, PAGE, 2·K, H], every key head before its value head. Page 0 belongs to no row."""
+    """Keys and values, [P, PAGE, 2·K, H], every key head before its value head. Page 0 belongs to no row."""
 
     kv: jax.Array
 
