@@ -11,9 +11,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, ragged, xla
-
-BLOCK = PAGE  # positions of one step of the loop on a CPU
+from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, ragged, worklist, xla
 
 
 class Batch:
@@ -96,7 +94,7 @@ def test_the_plain_formula_equals_one_written_without_pages(window, sinks):
             np.testing.assert_allclose(out[r, t, n], expected, atol=1e-5)
 
 
-EDGES = [PAGE - 1, PAGE, PAGE + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 1, 2, 300]
+EDGES = [PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1, 1, 2, 300]
 CASES = {
     "decode": (EDGES, 1, (4, 2, 8)),
     "decode, as many key heads": (EDGES, 1, (4, 4, 8)),
@@ -109,7 +107,7 @@ CASES = {
     "prefill, rows shorter than the chunk": ([0, 1, 63, 16, 250], 64, (4, 2, 8)),
     "prefill of an odd length": ([37, 100, 12], 37, (4, 2, 8)),
 }
-WINDOWS = [1, PAGE + 1, BLOCK, 10_000]
+WINDOWS = [1, PAGE + 1, PAGE, 10_000]
 
 
 class PagedTests:
@@ -181,19 +179,59 @@ class PagedTests:
         np.testing.assert_array_equal(jax.jit(run)(*batch.arrays()), batch.run(paged))
 
 
+def poisoned_page_is_read(paged, batch, row, pages, window):
+    """NaN, smuggled past `write`, shows whether a row's `pages` were read."""
+    b = batch.take([row])
+    pool = paged.write(paged.empty(b.pages), b.k, b.v, b.tables, b.written)
+    pool = jax.tree.map(lambda x: x.at[b.tables[:, pages].ravel()].set(jnp.nan), pool)
+    attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=window))
+    return bool(np.isnan(attend(pool, b.q, b.tables, b.positions)).any())
+
+
 class TestXla(PagedTests):
     implementation = "xla"
 
     @pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
-    @pytest.mark.parametrize("rows", [1, 5, None])
-    def test_blocks_and_tiles_of_any_size_equal_the_formula(self, block, rows):
+    def test_blocks_of_any_size_equal_the_formula(self, block):
         for T in (1, 20):
             batch = Batch([*EDGES, 0], T)
             paged = self.paged(batch)
             pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-            q, more = jnp.asarray(batch.q), {"scale": 0.3, "window": 70, "block": block, "rows_at_once": rows}
-            out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, **more)
+            q = jnp.asarray(batch.q)
+            out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, scale=0.3, window=70, block=block)
             np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
+
+    def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
+        batch = Batch([20 * PAGE, PAGE], 1)
+        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
+        first, later = slice(0, 512 // PAGE), slice(512 // PAGE, None)
+        assert read(0, first, None) and not read(0, first, PAGE)
+        assert read(0, later, None) and not read(1, later, None)
+
+
+class TestWorklist(PagedTests):
+    implementation = "worklist"
+
+    @pytest.mark.parametrize("T", [1, 20])
+    def test_rows_longer_than_a_span_of_pages_equal_the_formula(self, T):
+        span = worklist._SPAN * PAGE
+        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T))
+        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T), window=span + 3)
+
+    def test_only_pages_that_a_row_sees_are_read(self):
+        batch = Batch([20 * PAGE, PAGE], 1)
+        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
+        assert all(read(0, slice(n, n + 1), None) for n in (0, 7, 8, 19))
+        assert not any(read(0, slice(n, n + 1), 2 * PAGE) for n in (0, 17, 20)) and read(0, slice(18, 19), 2 * PAGE)
+        assert read(1, slice(0, 1), None) and not read(1, slice(1, None), None)
+
+    def test_a_row_that_is_not_finite_spoils_no_other(self):
+        batch = Batch([300, 40, 130, 70, 640], 1)
+        expected = batch.formula()
+        batch.q[[0, 2]] = np.nan
+        out = batch.run(self.paged(batch))
+        assert np.isnan(out[[0, 2]]).all()
+        np.testing.assert_allclose(out[[1, 3, 4]], expected[[1, 3, 4]], rtol=0, atol=self.tolerance)
 
     @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "data": 2}, {"tensor": 4, "fsdp": 2}])
     @pytest.mark.parametrize("T", [1, 16])
@@ -252,22 +290,6 @@ class TestXla(PagedTests):
         memory = jax.jit(steps, donate_argnums=0).lower(*shapes, *ints).compile().memory_analysis()
         assert memory.temp_size_in_bytes < sum(x.size * 4 for x in pool) / 2
 
-    def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
-        """NaN, smuggled past `write`, shows which blocks were read."""
-        batch = Batch([20 * PAGE, PAGE], 1)
-        paged, pages = self.paged(batch), BLOCK // PAGE
-
-        def read(row, poisoned, window):
-            b = batch.take([row])
-            pool = paged.write(paged.empty(b.pages), b.k, b.v, b.tables, b.written)
-            pool = jax.tree.map(lambda x: x.at[b.tables[:, poisoned].ravel()].set(jnp.nan), pool)
-            attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=window))
-            return np.isnan(attend(pool, b.q, b.tables, b.positions)).any()
-
-        first, later = slice(0, pages), slice(pages, None)
-        assert read(0, first, None) and not read(0, first, PAGE)
-        assert read(0, later, None) and not read(1, later, None)
-
 
 @pytest.mark.parametrize(("lengths", "T", "window"), [([0, PAGE + 1], 1, None), ([10, 45], 20, 7)])
 def test_the_ragged_kernel_is_given_what_it_wants(lengths, T, window, monkeypatch):
@@ -311,7 +333,7 @@ def test_a_backend_that_cannot_do_the_case_is_passed_over_and_logged_once(caplog
     with caplog.at_level(logging.WARNING, "tinker_jax"):
         chosen = [paged_attention_on(mesh_of("tpu"), (32, 8, 64), jnp.bfloat16) for _ in range(2)]
     assert len(caplog.messages) == 1 and "ragged is not used" in caplog.messages[0]
-    assert chosen[0].backend.attend.func is xla.xla_attend
+    assert chosen[0].backend.attend is xla.xla_attend
 
 
 def test_each_platform_gets_its_best():
@@ -319,4 +341,5 @@ def test_each_platform_gets_its_best():
         return paged_attention_on(mesh_of(platform), (32, 8, 128), jnp.bfloat16).backend.attend
 
     assert chosen("tpu") is ragged.ragged_attend
-    assert chosen("gpu").func is chosen("cpu").func is xla.xla_attend
+    assert chosen("gpu") is xla.xla_attend
+    assert chosen("cpu") is worklist.worklist_attend

@@ -217,8 +217,10 @@ def decode_chunk(
         steps: most tokens a row draws.
         top: how many of the likeliest tokens to report at each step.
     """
-    decoder, kernel_VD = Decoder(cfg, params), unembedding(cfg, params)
+    decoder, kernel_DV = Decoder(cfg, params), unembedding(cfg, params).T
     layers, head = decoder.unstacked(adapter) if unstack else None, (adapter or {}).get("lm_head")
+    if unstack:
+        kernel_DV = jax.lax.optimization_barrier(kernel_DV)
     rows = Rows(*(jnp.asarray(x) for x in rows))
     S = rows.token.shape[0]
     table, lanes = rows.table, own_lanes(rows.lanes, adapter)
@@ -239,7 +241,7 @@ def decode_chunk(
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
         token_S1 = rows.token[:, None]
         h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, lanes, paged=paged, layers=layers)
-        token_S, logp_SV = draw(head_logits(h_SD, kernel_VD, head, lanes), rows, rows.position + 1)
+        token_S, logp_SV = draw(head_logits(h_SD, kernel_DV.T, head, lanes), rows, rows.position + 1)
         drawn = drawn._replace(
             count=drawn.count + rows.live,
             tokens=drawn.tokens.at[:, step].set(token_S),

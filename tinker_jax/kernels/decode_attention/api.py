@@ -16,14 +16,15 @@ from jax.sharding import PartitionSpec as P
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention.pages import PAGE, empty_pages, write_pages
 from tinker_jax.kernels.decode_attention.reference import reference_attend
+from tinker_jax.kernels.decode_attention.worklist import worklist_attend
 from tinker_jax.kernels.decode_attention.xla import xla_attend
 
 logger = logging.getLogger("tinker_jax")
 
-Implementation = Literal["ragged", "xla", "reference"]
+Implementation = Literal["ragged", "worklist", "xla", "reference"]
 
 #: What is tried on a platform, best first. The last one takes every case.
-PREFERENCE: dict[str, tuple[Implementation, ...]] = {"tpu": ("ragged", "xla"), "gpu": ("xla",), "cpu": ("xla",)}
+PREFERENCE: dict[str, tuple[Implementation, ...]] = {"tpu": ("ragged", "xla"), "gpu": ("xla",), "cpu": ("worklist",)}
 
 Heads = tuple[int, int, int]
 """N, K and H: query heads, key heads (N is a multiple), their width."""
@@ -152,6 +153,7 @@ def paged_attention_on(
             was passed over.
             `"reference"` is the plain formula.
             `"xla"` loops over blocks of positions as far as the longest row reaches.
+            `"worklist"` loops over the pages that rows see, a few at a time: for CPUs.
             `"ragged"` is the Pallas kernel that ships with JAX, for TPUs.
         sinks: will `attend` be given attention sinks?
 
@@ -186,8 +188,5 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, s
         ragged.check_heads(K if K % parts else K // parts, H, dtype)
         empty = functools.partial(ragged.empty_combined, H=H, dtype=dtype)
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
-    attend = reference_attend
-    if name == "xla":
-        block, rows = (PAGE, 16) if platform == "cpu" else (512, None)
-        attend = functools.partial(xla_attend, block=block, rows_at_once=rows)
+    attend = {"worklist": worklist_attend, "xla": xla_attend, "reference": reference_attend}[name]
     return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)
