@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry_2x32
 
 from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.kernels.linear_cross_entropy import head_logits
@@ -109,8 +110,8 @@ def tempered_logprobs(logits_SV: jax.Array, temperature_S: jax.Array) -> jax.Arr
     The maximum is subtracted before the division, so that no temperature overflows.
     """
     tau_S = jnp.where(temperature_S > 0, temperature_S, 1.0)
-    shifted_SV = logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True)
-    return jax.nn.log_softmax(shifted_SV / tau_S[:, None], axis=-1)
+    shifted_SV = (logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True)) / tau_S[:, None]
+    return shifted_SV - jnp.log(jnp.sum(jnp.exp(shifted_SV), axis=-1, keepdims=True))
 
 
 def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> jax.Array:
@@ -139,15 +140,26 @@ def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> j
 def noise(seed_S: jax.Array, sample_S: jax.Array, position_S: jax.Array, V: int) -> jax.Array:
     """Gumbel noise [S, V], a function of (seed, sample, position, token id) alone.
 
-    `mode="high"`: the default's 23 random bits never draw tokens less likely than about 1e-7.
+    Threefry twice: under the seed it makes a key of (sample, position), under that key two words of each token id, of which
+    `jax.random` would use one.
     """
+    tokens_2V = jnp.arange(2 * V, dtype=jnp.uint32)
 
     def row(words, sample, position):
-        key = jax.random.wrap_key_data(words, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, sample), position)
-        return jax.random.gumbel(key, (V,), jnp.float32, mode="high")
+        key = threefry_2x32(words, jnp.stack([sample, position]).astype(jnp.uint32))
+        return gumbel(*threefry_2x32(key, tokens_2V).reshape(2, V))
 
     return jax.vmap(row)(seed_S, sample_S, position_S)
+
+
+def gumbel(high: jax.Array, low: jax.Array) -> jax.Array:
+    """Gumbel noise -log E, E = -log(1 - u) of a uniform u whose first 64 binary digits are two uint32 words; float32.
+
+    A large noise is a small u, which a float keeps all its digits of: tokens of any probability can be drawn, while the 23
+    random bits of `jax.random.gumbel` never draw one less likely than about 1e-7.
+    """
+    u = (high.astype(jnp.float32) + (low.astype(jnp.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1 - 2.0**-24)))
 
 
 def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.Array, jax.Array]:
