@@ -24,6 +24,7 @@ from sampler_cases import (
     tokens_of,
 )
 
+from tinker_jax.engine import sampler as sampler_module
 from tinker_jax.engine.decode_batch import STEPS
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.types.errors import InternalServerError, RequestFailedError
@@ -144,6 +145,7 @@ def test_requests_begin_in_order_when_pages_are_short(sampler, monkeypatch):
 def test_a_long_prompt_holds_nobody_up(sampler, monkeypatch):
     """Rows decode between the calls of a prefill that takes several."""
     monkeypatch.setattr(sampler, "_chunks", [1])
+    monkeypatch.setattr(sampler_module, "_MOST_PREFILLS", 2)
     short = submit(sampler, ask(tokens_of(5), 2, max_tokens=3 * STEPS, stop=[]))
     sampler.step()
     long = submit(sampler, ask(tokens_of(320, seed=9), max_tokens=2, stop=[]), next_weights())
@@ -152,7 +154,7 @@ def test_a_long_prompt_holds_nobody_up(sampler, monkeypatch):
     while not short.done():
         sampler.step()
         steps += 1
-    assert steps == 2 and len(calls) == 2 and not long.done()
+    assert steps == 2 and len(calls) == 4 and not long.done()
     finish(sampler, long)
 
 
@@ -235,6 +237,7 @@ def test_random_cancellation_leaks_nothing_and_disturbs_no_neighbour(sampler, se
 def test_a_failing_program_fails_what_it_served_and_the_others_come_back(sampler, monkeypatch, program):
     """At the failure one request decodes, another is in the middle of its prompt, a third waits."""
     monkeypatch.setattr(sampler, "_chunks", [1])
+    monkeypatch.setattr(sampler_module, "_MOST_PREFILLS", 1)
     requests = [
         ask(tokens_of(5), 4, max_tokens=60, stop=[], seed=3),
         ask(tokens_of(200, seed=3), max_tokens=4, stop=[], seed=4, prompt_logprobs=True),

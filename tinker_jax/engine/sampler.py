@@ -43,7 +43,9 @@ _ROWS_DETERMINISTIC = (64,)
 
 _CHUNK, _CHUNK_ACCELERATOR = 64, 256  # prompt tokens a row of a prefill computes
 _CHUNKS, _CHUNKS_ACCELERATOR, _CHUNKS_DETERMINISTIC = (1, 2, 4, 8), (1, 8), (8,)  # rows a prefill is compiled for
-_MOST_PREFILLS = 8  # calls between two decode chunks, while fewer rows decode than wait to
+_MOST_PREFILLS = (
+    8  # calls between two decode chunks: rows that decode soon have company, and none waits for a long prompt's end
+)
 
 
 class Sampler:
@@ -207,14 +209,12 @@ class Sampler:
             Whether work is left.
         """
         self._discard(job for job in self._jobs() if job.future.cancelled())
-        for call in range(_MOST_PREFILLS):
-            self._admit()
+        self._admit()
+        for _ in range(_MOST_PREFILLS):
             unready = [sequence for sequence in self._seats.working if not sequence.ready]
-            # While rows decode, one call: they shall not wait for a long prompt. A crowd that begins goes first.
-            if not unready or (call and 2 * len(unready) < len(self._seats.working)):
+            if not unready:
                 break
             self._prefill(unready)
-        else:
             self._admit()
         self._draw()
         return bool(self._seats.working or self.waiting)
