@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention.pages import PAGE, empty_pages, write_pages
+from tinker_jax.kernels.decode_attention.pages import empty_pages, write_pages
 from tinker_jax.kernels.decode_attention.reference import reference_attend
 from tinker_jax.kernels.decode_attention.worklist import worklist_attend
 from tinker_jax.kernels.decode_attention.xla import xla_attend
