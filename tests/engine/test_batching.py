@@ -301,23 +301,3 @@ def test_closing_cancels_what_waits_and_what_runs():
     closed.close()
     assert all(future.cancelled() for future in futures)
     assert_idle(closed)
-
-
-# -- meshes ----------------------------------------------------------------------------------------------------------
-
-
-def test_eight_devices_draw_what_one_draws(sampler):
-    requests = [ask(tokens_of(n), 4, max_tokens=20, seed=n, stop=[], prompt_logprobs=True) for n in (3, 20, 130)]
-    spread = shared(mesh=(("data", 2), ("fsdp", 2), ("tensor", 2)), pages=64)
-    futures = []
-    for name, reference in [("base", model()[0]), ("1", merged(1))]:
-        tree = None if name == "base" else adapter(1)
-        expected = run(sampler, *requests, weights=name, tree=tree)
-        for request, response in zip(requests, expected, strict=True):
-            futures.append((submit(spread, request, name, tree and placed(spread, tree)), request, response, reference))
-    finish(spread)
-    for future, request, response, reference in futures:
-        same(future.result(0), response)
-        check(reference, request.prompt.to_ints(), future.result(0))
-    pool = spread._batch._pool.k
-    assert pool.addressable_shards[0].data.shape[:2] == (pool.shape[0] // 4, 1)  # pages over 4, 2 key heads over 2

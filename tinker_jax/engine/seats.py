@@ -81,10 +81,15 @@ class Seats:
         Returns:
             True; False when a prefill under way will soon make pages that it can share; None when there is no room.
         """
-        job, end = sequence.job, sequence.length - 1
-        if not self._may_join(job):
+        if not self._may_join(sequence.job):
             return None
-        part, shared, parent = self._choose(sequence)
+        tried = (self._seat_in(*choice, sequence, copies) for choice in self._choices(sequence))
+        return next((seated for seated in tried if seated is not None), None)
+
+    def _seat_in(
+        self, part: int, shared: list[int], parent: Hashable, sequence: Sequence, copies: list[tuple[int, int, int]]
+    ) -> bool | None:
+        job, end = sequence.job, sequence.length - 1
         pool, rows = self._pools[part], self._rows_of(part)
         twin = None if sequence.drawn else next((s for s in self.working if s.job is job and s.part == part), None)
         if (twin and twin.computed < end) or self._coming(part, sequence, len(shared), parent):
@@ -117,16 +122,15 @@ class Seats:
             return job.kind == other.kind
         return self.lanes.fits(job.weights, job.adapter)
 
-    def _choose(self, sequence: Sequence) -> tuple[int, list[int], Hashable]:
-        """Part of the rows for a sequence, the pages of it that are known there, and what stands for the last of them.
+    def _choices(self, sequence: Sequence) -> list[tuple[int, list[int], Hashable]]:
+        """Parts of the rows, best first, the pages of a sequence that are known there, and what stands for the last of them.
 
-        Among the parts with few rows, the one that knows most.
+        Those with few rows come first, and among them the one that knows most.
         """
         rows = [self._rows_of(part) for part in range(self._parts)]
         few = min(rows) + self._most_rows // 8
-        found = {part: self._known(part, sequence) for part in range(self._parts) if rows[part] <= few}
-        part = max(found, key=lambda part: (len(found[part][0]), -rows[part]))
-        return part, *found[part]
+        found = [(part, *self._known(part, sequence)) for part in range(self._parts)]
+        return sorted(found, key=lambda choice: (rows[choice[0]] > few, -len(choice[1]), rows[choice[0]]))
 
     def _known(self, part: int, sequence: Sequence) -> tuple[list[int], Hashable]:
         """Pages that hold the beginning of a sequence, and what stands for the last of them in a key."""
