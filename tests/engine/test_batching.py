@@ -14,7 +14,6 @@ from sampler_cases import (
     merged,
     model,
     next_weights,
-    placed,
     run,
     same,
     shared,
