@@ -56,7 +56,7 @@ def worklist_attend(
         entry_J = jnp.arange(most, dtype=jnp.int32)
         row_J = jnp.minimum(jnp.sum(entry_J[:, None] >= ends_R[None], axis=1, dtype=jnp.int32), R - 1)
         page_J = entry_J - starts_R[row_J] + first_R[row_J]
-        id_J = jnp.where(entry_J < ends_R[-1], tables_RW.at[row_J, page_J].get(mode="clip"), 0)
+        id_J = jnp.where(entry_J < ends_R[-1], jnp.asarray(tables_RW).at[row_J, page_J].get(mode="clip"), 0)
 
         def some(carry):
             i, *parts = carry
