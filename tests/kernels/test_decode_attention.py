@@ -178,53 +178,6 @@ class PagedTests:
 
         np.testing.assert_array_equal(jax.jit(run)(*batch.arrays()), batch.run(paged))
 
-
-def poisoned_page_is_read(paged, batch, row, pages, window):
-    """NaN, smuggled past `write`, shows whether a row's `pages` were read."""
-    b = batch.take([row])
-    pool = paged.write(paged.empty(b.pages), b.k, b.v, b.tables, b.written)
-    pool = jax.tree.map(lambda x: x.at[b.tables[:, pages].ravel()].set(jnp.nan), pool)
-    attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=window))
-    return bool(np.isnan(attend(pool, b.q, b.tables, b.positions)).any())
-
-
-class TestXla(PagedTests):
-    implementation = "xla"
-
-    @pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
-    def test_blocks_of_any_size_equal_the_formula(self, block):
-        for T in (1, 20):
-            batch = Batch([*EDGES, 0], T)
-            paged = self.paged(batch)
-            pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
-            q = jnp.asarray(batch.q)
-            out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, scale=0.3, window=70, block=block)
-            np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
-
-    def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
-        batch = Batch([20 * PAGE, PAGE], 1)
-        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
-        first, later = slice(0, 512 // PAGE), slice(512 // PAGE, None)
-        assert read(0, first, None) and not read(0, first, PAGE)
-        assert read(0, later, None) and not read(1, later, None)
-
-
-class TestWorklist(PagedTests):
-    implementation = "worklist"
-
-    @pytest.mark.parametrize("T", [1, 20])
-    def test_rows_longer_than_a_span_of_pages_equal_the_formula(self, T):
-        span = worklist._SPAN * PAGE
-        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T))
-        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T), window=span + 3)
-
-    def test_only_pages_that_a_row_sees_are_read(self):
-        batch = Batch([20 * PAGE, PAGE], 1)
-        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
-        assert all(read(0, slice(n, n + 1), None) for n in (0, 7, 8, 19))
-        assert not any(read(0, slice(n, n + 1), 2 * PAGE) for n in (0, 17, 20)) and read(0, slice(18, 19), 2 * PAGE)
-        assert read(1, slice(0, 1), None) and not read(1, slice(1, None), None)
-
     def test_a_row_that_is_not_finite_spoils_no_other(self):
         batch = Batch([300, 40, 130, 70, 640], 1)
         expected = batch.formula()
@@ -289,6 +242,53 @@ class TestWorklist(PagedTests):
 
         memory = jax.jit(steps, donate_argnums=0).lower(*shapes, *ints).compile().memory_analysis()
         assert memory.temp_size_in_bytes < sum(x.size * 4 for x in pool) / 2
+
+
+def poisoned_page_is_read(paged, batch, row, pages, window):
+    """NaN, smuggled past `write`, shows whether a row's `pages` were read."""
+    b = batch.take([row])
+    pool = paged.write(paged.empty(b.pages), b.k, b.v, b.tables, b.written)
+    pool = jax.tree.map(lambda x: x.at[b.tables[:, pages].ravel()].set(jnp.nan), pool)
+    attend = jax.jit(functools.partial(paged.attend, scale=0.3, window=window))
+    return bool(np.isnan(attend(pool, b.q, b.tables, b.positions)).any())
+
+
+class TestXla(PagedTests):
+    implementation = "xla"
+
+    @pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
+    def test_blocks_of_any_size_equal_the_formula(self, block):
+        for T in (1, 20):
+            batch = Batch([*EDGES, 0], T)
+            paged = self.paged(batch)
+            pool = paged.write(paged.empty(batch.pages), batch.k, batch.v, batch.tables, batch.written)
+            q = jnp.asarray(batch.q)
+            out = xla.xla_attend(pool, q, batch.tables, batch.positions, None, scale=0.3, window=70, block=block)
+            np.testing.assert_allclose(out, batch.formula(window=70), rtol=0, atol=self.tolerance)
+
+    def test_work_ends_with_the_longest_row_and_starts_with_the_window(self):
+        batch = Batch([20 * PAGE, PAGE], 1)
+        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
+        first, later = slice(0, 512 // PAGE), slice(512 // PAGE, None)
+        assert read(0, first, None) and not read(0, first, PAGE)
+        assert read(0, later, None) and not read(1, later, None)
+
+
+class TestWorklist(PagedTests):
+    implementation = "worklist"
+
+    @pytest.mark.parametrize("T", [1, 20])
+    def test_rows_longer_than_a_span_of_pages_equal_the_formula(self, T):
+        span = worklist._SPAN * PAGE
+        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T))
+        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T), window=span + 3)
+
+    def test_only_pages_that_a_row_sees_are_read(self):
+        batch = Batch([20 * PAGE, PAGE], 1)
+        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
+        assert all(read(0, slice(n, n + 1), None) for n in (0, 7, 8, 19))
+        assert not any(read(0, slice(n, n + 1), 2 * PAGE) for n in (0, 17, 20)) and read(0, slice(18, 19), 2 * PAGE)
+        assert read(1, slice(0, 1), None) and not read(1, slice(1, None), None)
 
 
 @pytest.mark.parametrize(("lengths", "T", "window"), [([0, PAGE + 1], 1, None), ([10, 45], 20, 7)])

@@ -43,9 +43,7 @@ _ROWS_DETERMINISTIC = (64,)
 
 _CHUNK, _CHUNK_ACCELERATOR = 64, 256  # prompt tokens a row of a prefill computes
 _CHUNKS, _CHUNKS_ACCELERATOR, _CHUNKS_DETERMINISTIC = (1, 2, 4, 8), (1, 8), (8,)  # rows a prefill is compiled for
-_MOST_PREFILLS = (
-    8  # calls between two decode chunks: rows that decode soon have company, and none waits for a long prompt's end
-)
+_MOST_PREFILLS = 8  # calls between two decode chunks: rows soon have company, and none waits for a long prompt
 
 
 class Sampler:
