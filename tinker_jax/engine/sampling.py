@@ -225,13 +225,14 @@ def decode_chunk(
         pages: hold keys and values of each row's tokens before `rows.position`; the rows' tables have room for `steps` more.
         rows: state and settings of the rows.
         paged: the attention over pages.
-        unstack: copy each layer's weights out of the stack once, rather than at every step, and turn the head once.
+        unstack: copy each layer's weights out of the stack once, rather than at every step; on a CPU turn the head, too.
         steps: most tokens a row draws.
         top: how many of the likeliest tokens to report at each step.
     """
     decoder, kernel_DV = Decoder(cfg, params), unembedding(cfg, params).T
     layers, head = decoder.unstacked(adapter) if unstack else None, (adapter or {}).get("lm_head")
-    if unstack:  # else XLA folds the transposition into the product, which a CPU then makes at every step
+    if unstack and paged.mesh.devices.flat[0].platform == "cpu":
+        # XLA folds the transposition into the product: free on a GPU, while a CPU would make it at every step.
         kernel_DV = jax.lax.optimization_barrier(kernel_DV)
     rows = Rows(*(jnp.asarray(x) for x in rows))
     S = rows.token.shape[0]
