@@ -40,8 +40,7 @@ from typing import Any, NamedTuple
 import _qwen3
 import _sides
 
-from tinker_jax import lora
-from tinker_jax.engine import memory
+from tinker_jax import lora, memory
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.weights import lora_targets
 
@@ -101,7 +100,7 @@ def ours(cfg: DecoderConfig, batches: Sequence[int], work: Work) -> Iterator[dic
     import jax.numpy as jnp
 
     from tinker_jax import sharding
-    from tinker_jax.engine.sampler import Sampler
+    from tinker_jax.sampling.sampler import Sampler
     from tinker_jax.types import ModelInput, SampleRequest, SamplingParams
 
     mesh = sharding.make_mesh()

@@ -144,7 +144,7 @@ def our_trainer() -> Any:
 @contextlib.contextmanager
 def positions_computed() -> Iterator[list[int]]:
     """Collects the positions of every micro-batch that is packed meanwhile."""
-    from tinker_jax.engine import trainer
+    from tinker_jax.training import trainer
 
     real, sizes = trainer.pack, []
 

@@ -89,9 +89,8 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
     """Results of the layouts, one by one."""
     import jax
 
-    from tinker_jax import sharding
-    from tinker_jax.engine import memory
-    from tinker_jax.engine.trainer import Trainer
+    from tinker_jax import memory, sharding
+    from tinker_jax.training.trainer import Trainer
     from tinker_jax.types import LoraConfig
 
     mesh = sharding.make_mesh()

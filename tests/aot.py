@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from tinker_jax import sharding
-from tinker_jax.engine import memory, trainer
-from tinker_jax.engine.decode_batch import DecodeBatch
-from tinker_jax.engine.packing import pack
-from tinker_jax.engine.sampling import Rows
-from tinker_jax.engine.seats import pages_for
+from tinker_jax import memory, sharding
 from tinker_jax.losses import default_config
 from tinker_jax.models.config import DecoderConfig, Rope
 from tinker_jax.models.weights import weights
+from tinker_jax.sampling.drawing import Rows
+from tinker_jax.sampling.model_runner import DecodeBatch
+from tinker_jax.sampling.scheduler import pages_for
+from tinker_jax.training import trainer
+from tinker_jax.training.packing import pack
 from tinker_jax.types import LoraConfig
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)

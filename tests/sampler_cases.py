@@ -14,10 +14,10 @@ import tiny
 import torch
 
 from tinker_jax import lora, sharding
-from tinker_jax.engine.sampler import Sampler
-from tinker_jax.engine.seats import pages_for
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.sampling.sampler import Sampler
+from tinker_jax.sampling.scheduler import pages_for
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams
 
 CONTEXT = 330  # a multiple of neither pages nor chunks

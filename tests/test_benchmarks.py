@@ -23,8 +23,8 @@ import train_gpu
 from jaxprs import equations
 
 from tinker_jax import lora
-from tinker_jax.engine.memory import base_bytes
 from tinker_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from tinker_jax.memory import base_bytes
 from tinker_jax.models import dense
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.types import SampleResponse

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from tinker_jax import EngineConfig, ServiceClient
-from tinker_jax.engine.decode_batch import STEPS
+from tinker_jax.sampling.model_runner import STEPS
 from tinker_jax.types import AdamParams, Datum, ModelInput, SamplingParams
 
 

@@ -10,12 +10,12 @@ import tiny
 from jaxprs import equations
 
 from tinker_jax import sharding
-from tinker_jax.engine.memory import Plan
-from tinker_jax.engine.programs import Program
-from tinker_jax.engine.trainer import Trainer
+from tinker_jax.memory import Plan
 from tinker_jax.models.config import parse
 from tinker_jax.models.dense import Remat
 from tinker_jax.models.weights import weights
+from tinker_jax.programs import Program
+from tinker_jax.training.trainer import Trainer
 from tinker_jax.types import Datum, LoraConfig, ModelInput
 
 CONFIG = parse(tiny.CONFIGS["qwen3"]().to_dict())

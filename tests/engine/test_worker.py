@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 
-from tinker_jax.engine.pending import Pending
 from tinker_jax.engine.worker import MOST_UNREAD, Detour, Worker
+from tinker_jax.training.pending import Pending
 from tinker_jax.types.errors import BadRequestError, RequestFailedError
 
 

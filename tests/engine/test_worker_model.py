@@ -7,8 +7,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from tinker_jax.engine.pending import Pending
 from tinker_jax.engine.worker import Detour, Worker
+from tinker_jax.training.pending import Pending
 from tinker_jax.types.errors import BadRequestError, RequestFailedError
 
 LANES = "abc"

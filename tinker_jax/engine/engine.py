@@ -22,21 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinker_jax import lora as lora_lib
-from tinker_jax import sharding
+from tinker_jax import memory, sharding
 from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.hub import resolve
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
-from tinker_jax.engine import memory
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.model_files import Text, read_config, stop_ids
-from tinker_jax.engine.pending import Pending
-from tinker_jax.engine.programs import keep_compiled
-from tinker_jax.engine.sampler import Sampler
-from tinker_jax.engine.trainer import AdapterState, Trainer, groups, hyperparameters
-from tinker_jax.engine.validate import check_data
 from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.weights import weights
+from tinker_jax.programs import keep_compiled
+from tinker_jax.sampling.sampler import Sampler
+from tinker_jax.training.pending import Pending
+from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
+from tinker_jax.training.validate import check_data
 from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
 from tinker_jax.types.errors import NotFoundError, UnprocessableEntityError
 

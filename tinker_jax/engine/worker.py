@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from tinker_jax.engine.pending import Pending
+from tinker_jax.training.pending import Pending
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 
 logger = logging.getLogger("tinker_jax")

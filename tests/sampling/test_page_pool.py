@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinker_jax.engine.pages import PagePool
+from tinker_jax.sampling.page_pool import PagePool
 
 
 def chain(pool, pages, *contents, root="weights"):

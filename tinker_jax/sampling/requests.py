@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinker_jax.engine.sampling import device_temperature, seed_words
-from tinker_jax.engine.stops import StopRule, stop_rule
 from tinker_jax.models.config import DecoderConfig
+from tinker_jax.sampling.drawing import device_temperature, seed_words
+from tinker_jax.sampling.stops import StopRule, stop_rule
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Ask:
         prompt: int32 [P], P ≥ 1.
         num_samples: sequences to draw.
         max_tokens: most tokens of each, clipped to the end of the context.
-        temperature, top_k, top_p, seed: as `tinker_jax.engine.sampling.Rows` wants them.
+        temperature, top_k, top_p, seed: as `tinker_jax.sampling.drawing.Rows` wants them.
         stop: what ends a sequence.
         sample_top: likeliest tokens to report for each drawn token.
         prompt_logprobs: score the prompt's own tokens.

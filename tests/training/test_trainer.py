@@ -8,9 +8,9 @@ import tiny
 import torch
 
 from tinker_jax import lora, sharding
-from tinker_jax.engine.memory import Plan
-from tinker_jax.engine.trainer import Trainer
+from tinker_jax.memory import Plan
 from tinker_jax.models.weights import weights
+from tinker_jax.training.trainer import Trainer
 from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
 

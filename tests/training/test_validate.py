@@ -9,7 +9,7 @@ import tinker as sdk
 import torch
 
 from tinker_jax import types as ours
-from tinker_jax.engine.validate import check_data, check_loss
+from tinker_jax.training.validate import check_data, check_loss
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 from tinker_jax.types.loss_specs import LOSS_SPECS
 
@@ -211,5 +211,5 @@ def test_a_wrong_loss_or_configuration_is_refused_by_name(loss_fn, config, messa
 
 
 def test_checking_loads_no_jax():
-    code = "import sys, tinker_jax.engine.validate; print('jax' in sys.modules)"
+    code = "import sys, tinker_jax.training.validate; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -23,9 +23,9 @@ from sampler_cases import (
     tokens_of,
 )
 
-from tinker_jax.engine import sampler as sampler_module
-from tinker_jax.engine.decode_batch import STEPS
 from tinker_jax.kernels.decode_attention import PAGE
+from tinker_jax.sampling import sampler as sampler_module
+from tinker_jax.sampling.model_runner import STEPS
 from tinker_jax.types.errors import InternalServerError, RequestFailedError
 
 WIDE = (3, 16, ("attn",))  # seed, rank, groups of an adapter

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinker_jax.engine.asks import MOST_PER_POSITION, Ask
-from tinker_jax.engine.lanes import describe
-from tinker_jax.engine.programs import Program
-from tinker_jax.engine.sampling import noise, tempered_logprobs
 from tinker_jax.kernels.linear_cross_entropy import default_tile, head_logits, linear_cross_entropy, linear_top_k
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Params, unembedding
+from tinker_jax.programs import Program
+from tinker_jax.sampling.adapter_slots import describe
+from tinker_jax.sampling.drawing import noise, tempered_logprobs
+from tinker_jax.sampling.requests import MOST_PER_POSITION, Ask
 from tinker_jax.types.sampling import MASK_LOGPROB, PromptAltTokens, TopkLogprobs
 from tinker_jax.types.tensor_data import TensorData
 

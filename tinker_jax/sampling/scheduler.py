@@ -10,13 +10,13 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from tinker_jax.engine.decode_batch import STEPS
-from tinker_jax.engine.jobs import Job, Sequence
-from tinker_jax.engine.lanes import Lanes
-from tinker_jax.engine.pages import PagePool
-from tinker_jax.engine.sampling import STOP_IDS, Rows
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
+from tinker_jax.sampling.adapter_slots import Lanes
+from tinker_jax.sampling.drawing import STOP_IDS, Rows
+from tinker_jax.sampling.model_runner import STEPS
+from tinker_jax.sampling.page_pool import PagePool
+from tinker_jax.sampling.sequence import Job, Sequence
 
 
 def pages_for(tokens: int) -> int:
@@ -32,7 +32,7 @@ class Seats:
         parts: of the rows, each with pages of its own.
         most_rows: sequences at work in one part.
         context: most tokens of a sequence.
-        deterministic: see `tinker_jax.engine.sampler.Sampler`.
+        deterministic: see `tinker_jax.sampling.sampler.Sampler`.
 
     Attributes:
         working: sequences that hold pages.
@@ -212,5 +212,5 @@ class Seats:
 
 
 def _key(sequence: Sequence, page: int, parent: Hashable) -> tuple[Hashable, bytes]:
-    """What a page of a sequence holds, see `tinker_jax.engine.pages.Key`."""
+    """What a page of a sequence holds, see `tinker_jax.sampling.page_pool.Key`."""
     return parent, sequence.tokens(page * PAGE, (page + 1) * PAGE).tobytes()

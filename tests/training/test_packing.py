@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinker_jax.engine.packing import bucket, first_fit_decreasing, pack, unpack
+from tinker_jax.training.packing import bucket, first_fit_decreasing, pack, unpack
 
 
 @given(st.integers(1, 100_000))

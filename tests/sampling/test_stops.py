@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinker_jax.engine.stops import StopRule, first_stop, stop_rule
+from tinker_jax.sampling.stops import StopRule, first_stop, stop_rule
 from tinker_jax.types.errors import BadRequestError
 
 # A byte-level vocabulary as real tokenizers have it: single bytes, whole words, pieces of characters, silent tokens.

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinker_jax.engine.lanes import describe
-from tinker_jax.engine.programs import Program
-from tinker_jax.engine.sampling import Drawn, Rows, decode_chunk, own_lanes
 from tinker_jax.kernels.decode_attention import Pages, paged_attention_on
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder
+from tinker_jax.programs import Program
+from tinker_jax.sampling.adapter_slots import describe
+from tinker_jax.sampling.drawing import Drawn, Rows, decode_chunk, own_lanes
 
 STEPS = 16
 """Most tokens a row draws between two visits of Python."""
@@ -47,7 +47,7 @@ class DecodeBatch:
         mesh: its parts of the rows have pages of their own; heads are cut over the tensor axis where that divides them.
         dtype: of keys and values.
         pages: of each layer and part of the rows, page 0 among them.
-        unstack: decode with a second copy of the layers' weights, see `tinker_jax.engine.memory.plan`.
+        unstack: decode with a second copy of the layers' weights, see `tinker_jax.memory.plan`.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinker_jax import lora
-from tinker_jax.engine.programs import Program
 from tinker_jax.lora import Adapter
+from tinker_jax.programs import Program
 
 MOST_LANES = 512
 """Summed ranks of the adapters in one batch; whoever finds no room waits. One adapter of any rank fits."""

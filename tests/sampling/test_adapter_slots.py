@@ -7,9 +7,9 @@ import pytest
 from sampler_cases import adapter, ask, check, finish, merged, next_weights, run, same, shared, submit, tokens_of
 
 from tinker_jax import lora
-from tinker_jax.engine.lanes import MOST_LANES, Lanes, describe
-from tinker_jax.engine.sampling import own_lanes
 from tinker_jax.kernels.decode_attention import PAGE
+from tinker_jax.sampling.adapter_slots import MOST_LANES, Lanes, describe
+from tinker_jax.sampling.drawing import own_lanes
 
 SHAPES = {"a": (1, 4, ("attn", "mlp", "unembed")), "b": (2, 16, ("attn",)), "c": (3, 8, ("mlp", "unembed"))}
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tinker_jax.engine.asks import Ask
-from tinker_jax.engine.scoring import PromptScores
 from tinker_jax.lora import Adapter
+from tinker_jax.sampling.requests import Ask
+from tinker_jax.sampling.scoring import PromptScores
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 from tinker_jax.types.sampling import SampledSequence, SampleResponse, TopkLogprobs
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinker_jax.engine import sampling
+from tinker_jax.sampling import drawing
 
 V = 12
 
 
 def rows_of(S, **state):
-    rows = sampling.Rows.empty(S, 1)._replace(live=np.ones(S, bool), sample=np.arange(S, dtype=np.int32))
+    rows = drawing.Rows.empty(S, 1)._replace(live=np.ones(S, bool), sample=np.arange(S, dtype=np.int32))
     return rows._replace(**{name: np.full(S, value, getattr(rows, name).dtype) for name, value in state.items()})
 
 
@@ -36,26 +36,26 @@ def filtered(p, top_k, top_p):
     return set(kept)
 
 
-keep = jax.jit(sampling.kept_tokens)
-draw = jax.jit(sampling.draw)
+keep = jax.jit(drawing.kept_tokens)
+draw = jax.jit(drawing.draw)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_logprobs_are_the_softmax_of_logits_over_temperature(temperature):
     logits = np.random.default_rng(0).normal(size=(3, V)).astype(np.float32) * 4
-    got = sampling.tempered_logprobs(logits, jnp.full(3, temperature))
+    got = drawing.tempered_logprobs(logits, jnp.full(3, temperature))
     np.testing.assert_allclose(got, log_softmax(logits / temperature), atol=2e-6)
 
 
 def test_greedy_reports_the_distribution_at_temperature_one():
     logits = np.random.default_rng(1).normal(size=(2, V)).astype(np.float32)
-    np.testing.assert_allclose(sampling.tempered_logprobs(logits, jnp.zeros(2)), log_softmax(logits), atol=1e-6)
+    np.testing.assert_allclose(drawing.tempered_logprobs(logits, jnp.zeros(2)), log_softmax(logits), atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1e30, 1e300])
 def test_extreme_temperatures_neither_overflow_nor_give_nan(temperature):
     logits = np.array([[1e4, -1e4, 1e4, 0.0]], np.float32)
-    rows = rows_of(1, temperature=sampling.device_temperature(temperature))
+    rows = rows_of(1, temperature=drawing.device_temperature(temperature))
     assert rows.temperature[0] > 0
     token, logp = draw(logits, rows, np.zeros(1, np.int32))
     assert np.isfinite(logp[0, token[0]]) and not np.isnan(logp).any()
@@ -124,7 +124,7 @@ def test_a_row_draws_the_same_token_whatever_the_other_rows_do():
     logits = rng.normal(size=(4, V)).astype(np.float32)
     position = np.int32([3, 9, 9, 2])
     rows = rows_of(4)._replace(seed=rng.integers(0, 2**32, (4, 2), np.uint32))
-    alone = [draw(logits[i : i + 1], sampling.Rows(*(x[i : i + 1] for x in rows)), position[i : i + 1])[0][0] for i in range(4)]
+    alone = [draw(logits[i : i + 1], drawing.Rows(*(x[i : i + 1] for x in rows)), position[i : i + 1])[0][0] for i in range(4)]
     mixed = rows._replace(temperature=np.float32([1, 0, 3, 1]), top_k=np.int32([0, 0, 2, 0]))
     beside, _ = draw(logits, mixed, position)
     assert beside[0] == alone[0] and beside[3] == alone[3]
@@ -133,7 +133,7 @@ def test_a_row_draws_the_same_token_whatever_the_other_rows_do():
 
 def test_noise_depends_on_seed_sample_and_position_each():
     def of(seed, sample, position):
-        return sampling.noise(sampling.seed_words(seed)[None], jnp.int32([sample]), jnp.int32([position]), V)
+        return drawing.noise(drawing.seed_words(seed)[None], jnp.int32([sample]), jnp.int32([position]), V)
 
     base = of(1, 2, 3)
     np.testing.assert_array_equal(base, of(1, 2, 3))
@@ -145,7 +145,7 @@ def test_noise_is_distributed_as_gumbel():
     """Kolmogorov's distance of a million draws: 1e-4 of all samples are farther away than 2.2 / sqrt(n)."""
     rows, size = 256, 4096
     words = np.random.default_rng(0).integers(0, 2**32, (rows, 2), np.uint32)
-    drawn = np.sort(np.asarray(sampling.noise(words, jnp.zeros(rows, jnp.int32), jnp.arange(rows), size)).ravel().astype(float))
+    drawn = np.sort(np.asarray(drawing.noise(words, jnp.zeros(rows, jnp.int32), jnp.arange(rows), size)).ravel().astype(float))
     expected, n = np.exp(-np.exp(-drawn)), drawn.size
     distance = max(np.abs(expected - np.arange(n) / n).max(), np.abs(expected - np.arange(1, n + 1) / n).max())
     assert distance < 2.2 / np.sqrt(n)
@@ -155,13 +155,13 @@ def test_noise_is_distributed_as_gumbel():
 def test_noise_is_exact_to_the_rarest_words(high, low):
     u = (high + (low + 0.5) / 2**32) / 2**32
     expected = -np.log(-np.log1p(-u))
-    np.testing.assert_allclose(sampling.gumbel(jnp.uint32(high), jnp.uint32(low)), expected, rtol=1e-5, atol=1e-6)
-    assert np.isfinite(sampling.gumbel(jnp.uint32(2**32 - 1), jnp.uint32(2**32 - 1)))
+    np.testing.assert_allclose(drawing.gumbel(jnp.uint32(high), jnp.uint32(low)), expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(drawing.gumbel(jnp.uint32(2**32 - 1), jnp.uint32(2**32 - 1)))
 
 
 @pytest.mark.parametrize(("seed", "words"), [(5, (0, 5)), (2**32 + 7, (1, 7)), (-1, (2**32 - 1,) * 2), (2**64 + 3, (0, 3))])
 def test_any_integer_is_a_seed(seed, words):
-    assert tuple(sampling.seed_words(seed)) == words
+    assert tuple(drawing.seed_words(seed)) == words
 
 
 def test_greedy_takes_the_larger_of_two_logits_that_the_softmax_cannot_tell_apart():

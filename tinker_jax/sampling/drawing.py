@@ -36,7 +36,7 @@ class Rows(NamedTuple):
         seed: uint32 [S, 2], see `seed_words`.
         sample: int32 [S], number of the sample within its request.
         stop_ids: int32 [S, STOP_IDS]; -1 fills up.
-        lanes: int32 [S, 2], first lane of the row's adapter and the one after its last (`tinker_jax.engine.lanes`).
+        lanes: int32 [S, 2], first lane of the row's adapter and the one after its last (`tinker_jax.sampling.adapter_slots`).
         table: int32 [S, W], the row's pages.
     """
 

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import jax
-from tinker_jax.engine.programs import keep_compiled
+from tinker_jax.programs import keep_compiled
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 keep_compiled({home!r})
 hits = []

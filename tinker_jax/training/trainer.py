@@ -16,18 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinker_jax import lora as lora_lib
-from tinker_jax import optim, sharding
-from tinker_jax.engine import memory
-from tinker_jax.engine.memory import OutOfMemory, Plan, out_of_memory
-from tinker_jax.engine.packing import MicroBatch, bucket, pack, unpack
-from tinker_jax.engine.pending import Pending
-from tinker_jax.engine.programs import Program
+from tinker_jax import memory, optim, sharding
 from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
 from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
 from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
+from tinker_jax.memory import OutOfMemory, Plan, out_of_memory
 from tinker_jax.models import dense
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.weights import lora_targets
+from tinker_jax.programs import Program
+from tinker_jax.training.packing import MicroBatch, bucket, pack, unpack
+from tinker_jax.training.pending import Pending
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
 from tinker_jax.types.loss_specs import LOSS_SPECS
 
@@ -134,7 +133,7 @@ class Trainer:
 
         Args:
             state: the adapter.
-            data: checked by `tinker_jax.engine.validate`.
+            data: checked by `tinker_jax.training.validate`.
             loss_fn: name in `LOSS_SPECS`.
             config: the caller's loss configuration; missing keys take the loss's defaults.
             backward: also compute gradients.

@@ -21,17 +21,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinker_jax import sharding
-from tinker_jax.engine.asks import Ask, parse
-from tinker_jax.engine.decode_batch import Chunk, DecodeBatch
-from tinker_jax.engine.jobs import Job, Sequence
-from tinker_jax.engine.memory import token_bytes
-from tinker_jax.engine.sampling import Drawn, Rows
-from tinker_jax.engine.scoring import PromptScores, Scorer, needs, width
-from tinker_jax.engine.seats import Seats, pages_for
-from tinker_jax.engine.stops import first_stop
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
+from tinker_jax.memory import token_bytes
 from tinker_jax.models.config import DecoderConfig
+from tinker_jax.sampling.drawing import Drawn, Rows
+from tinker_jax.sampling.model_runner import Chunk, DecodeBatch
+from tinker_jax.sampling.requests import Ask, parse
+from tinker_jax.sampling.scheduler import Seats, pages_for
+from tinker_jax.sampling.scoring import PromptScores, Scorer, needs, width
+from tinker_jax.sampling.sequence import Job, Sequence
+from tinker_jax.sampling.stops import first_stop
 from tinker_jax.types.errors import BadRequestError, InternalServerError
 from tinker_jax.types.model_input import ModelInput
 from tinker_jax.types.sampling import SampleRequest, SampleResponse, SamplingParams
@@ -61,7 +61,7 @@ class Sampler:
         kv_bytes: bytes of each device for keys and values.
         stop_ids: end-of-sequence tokens of the model.
         decode_text: tokens to text, for string stops. Special tokens count as text.
-        unstack: decode with a second copy of the layers' weights, see `tinker_jax.engine.memory.plan`.
+        unstack: decode with a second copy of the layers' weights, see `tinker_jax.memory.plan`.
         deterministic: compute every row in programs of one shape, under one adapter at a time, on keys and values that were
             computed the same way: results are then the same bit for bit whatever else runs. Slower with few rows.
     """
@@ -122,7 +122,7 @@ class Sampler:
         """Checks a request; touches nothing, so any thread may call it.
 
         Raises:
-            BadRequestError: see `tinker_jax.engine.asks.parse`; or a single sequence would never fit the cache's memory.
+            BadRequestError: see `tinker_jax.sampling.requests.parse`; or a single sequence would never fit the cache's memory.
             UnsupportedError: a chunk that is not text.
         """
         ask = parse(request, self._cfg, self._stop_ids)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sampler_cases import adapter, ask, check, finish, make, model, shared, submit, tokens_of
 
-from tinker_jax.engine import sampler as sampler_module
+from tinker_jax.sampling import sampler as sampler_module
 
 
 def random_request(rng):

@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from tinker_jax import sharding
-from tinker_jax.engine.memory import POLICIES, Plan, activation_bytes, base_bytes, plan
-from tinker_jax.engine.trainer import Trainer, groups
+from tinker_jax.memory import POLICIES, Plan, activation_bytes, base_bytes, plan
 from tinker_jax.models.config import DecoderConfig, Rope, parse
 from tinker_jax.models.weights import weights
+from tinker_jax.training.trainer import Trainer, groups
 from tinker_jax.types import LoraConfig
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
