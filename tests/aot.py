@@ -12,7 +12,7 @@ from tinker_jax.losses import default_config
 from tinker_jax.models.config import DecoderConfig, Rope
 from tinker_jax.models.weights import weights
 from tinker_jax.sampling.drawing import Rows
-from tinker_jax.sampling.model_runner import DecodeBatch
+from tinker_jax.sampling.model_runner import ModelRunner
 from tinker_jax.sampling.scheduler import pages_for
 from tinker_jax.training import trainer
 from tinker_jax.training.packing import pack
@@ -76,25 +76,25 @@ def lower_sampler(
     parts = sharding.parts(mesh, "rows")
     params = abstract_params(mesh, cfg)
     plan = memory.plan(cfg, 2, device_bytes, mesh.shape, mesh.devices.flat[0].platform)
-    batch = DecodeBatch(cfg, params, mesh, jnp.bfloat16, rows // parts * pages_for(tokens) + 1, plan.unstack)
+    runner = ModelRunner(cfg, params, mesh, jnp.bfloat16, rows // parts * pages_for(tokens) + 1, plan.unstack)
     adapter, _ = trainer.Trainer(cfg, params, mesh, plan).abstract(LORA)
     everywhere = sharding.replicated(mesh)
 
     def abstract(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
-    place = NamedSharding(mesh, batch._paged._pool_spec())
-    pool = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(batch._empty))
+    place = NamedSharding(mesh, runner._paged._pool_spec())
+    pool = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(runner._empty))
     state = jax.tree.map(abstract, Rows.empty(rows, pages_for(cfg.context_length)))
-    chunk = jax.jit(batch._chunk, static_argnames="top", donate_argnums=2)
-    ids, lanes = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))
+    chunk = jax.jit(runner._chunk, static_argnames="top", donate_argnums=2)
+    ids, slots = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))
     table = jax.ShapeDtypeStruct((16, pages_for(cfg.context_length)), jnp.int32, sharding=everywhere)
-    prefill = jax.jit(batch._forward, donate_argnums=2)
+    prefill = jax.jit(runner._forward, donate_argnums=2)
     pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
-    split = parts * (1 if batch._paged._heads() is None else mesh.shape["tensor"])
+    split = parts * (1 if runner._paged._heads() is None else mesh.shape["tensor"])
     return (
         chunk.lower(params, adapter, pool, state, top=0),
-        prefill.lower(params, adapter, pool, ids, ids, table, lanes),
+        prefill.lower(params, adapter, pool, ids, ids, table, slots),
         pool_bytes // split,
     )
 

@@ -91,7 +91,7 @@ def placed(sampler, tree):
     """An adapter where a sampler's mesh wants it."""
     groups = [name for name, module in (("attn", "q_proj"), ("mlp", "up_proj")) if module in tree.get("layers", {})]
     axes = lora.logical_axes(lora_targets(model()[1]), [*groups, *(["unembed"] if "lm_head" in tree else [])])
-    mesh = sampler._batch._paged.mesh
+    mesh = sampler._runner._paged.mesh
     return jax.tree.map(lambda x, names: jax.device_put(x, sharding.named(mesh, names)), tree, axes)
 
 
@@ -143,8 +143,8 @@ def run(sampler, *requests, weights="base", tree=None):
 
 def assert_idle(sampler):
     """Nothing is left of any request."""
-    assert sampler.live_rows == sampler.waiting == sampler.held_pages == 0
-    assert not sampler._seats.lanes.names
+    assert sampler.running == sampler.waiting == sampler.held_pages == 0
+    assert not sampler._scheduler.slots.names
 
 
 def whole_pages(tokens):

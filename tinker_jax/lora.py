@@ -141,7 +141,7 @@ def scaled(adapter: Adapter, factor: jax.Array | float) -> Adapter:
 
 
 def updates(
-    x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None], lanes_MR: jax.Array | None = None
+    x_MD: jax.Array, adapters: Sequence[Mapping[str, jax.Array] | None], slots_MR: jax.Array | None = None
 ) -> list[jax.Array | None]:
     """The low-rank updates `(x a) b` of linears that read the same tokens x [M, D_in], in x's dtype.
 
@@ -150,7 +150,7 @@ def updates(
     Args:
         x_MD: the linears' input.
         adapters: `{"a": [D_in, R], "b": [R, D_out]}` of each, scaled already, or None for one that has none.
-        lanes_MR: bool, which part of the rank axis each token's own adapter takes; None: all of it.
+        slots_MR: bool, which part of the rank axis each token's own adapter takes; None: all of it.
 
     Returns:
         [M, D_out] of each, or None.
@@ -160,8 +160,8 @@ def updates(
         return [None] * len(adapters)
     a = jnp.concatenate([x["a"] for x in given], axis=-1).astype(x_MD.dtype)
     z = checkpoint_name(x_MD @ a, PRODUCTS)
-    if lanes_MR is not None:
-        z = jnp.where(jnp.tile(lanes_MR, len(given)), z, 0)
+    if slots_MR is not None:
+        z = jnp.where(jnp.tile(slots_MR, len(given)), z, 0)
     ends = np.cumsum([x["a"].shape[-1] for x in given])[:-1]
     parts = iter(jnp.split(z, ends, axis=-1))
     return [None if x is None else next(parts) @ x["b"].astype(x_MD.dtype) for x in adapters]

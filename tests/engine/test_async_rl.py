@@ -59,10 +59,10 @@ async def train(client, steps, learning_rate=1e-2, between=None):
 def wait_until_idle(client):
     """What was cancelled is given back at the sampler's next step."""
     sampler, deadline = sampler_of(client), time.monotonic() + 60
-    while sampler.live_rows or sampler.waiting or sampler.held_pages:
-        assert time.monotonic() < deadline, (sampler.live_rows, sampler.waiting, sampler.held_pages)
+    while sampler.running or sampler.waiting or sampler.held_pages:
+        assert time.monotonic() < deadline, (sampler.running, sampler.waiting, sampler.held_pages)
         time.sleep(0.01)
-    assert not sampler._seats.lanes.names
+    assert not sampler._scheduler.slots.names
 
 
 def test_300_requests_some_cancelled_while_a_loop_trains(service):
@@ -144,7 +144,7 @@ def test_a_cancelled_future_frees_its_rows_within_one_chunk(service, monkeypatch
 
     def counted():
         more = step()
-        rows.append(sampler.live_rows)
+        rows.append(sampler.running)
         return more
 
     monkeypatch.setattr(client._engine._worker, "_background", counted)

@@ -499,7 +499,7 @@ def test_closing_ends_what_is_under_way_and_frees_the_weights(checkpoint, tmp_pa
     engine.snapshot("a", "s").result(120)
     request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(stop=[]), num_samples=4)
     sampling = [engine.sample("s", request) for _ in range(3)]
-    while not engine._sampler.live_rows:
+    while not engine._sampler.running:
         time.sleep(0.01)
     weights = [*engine._params.values(), *engine._adapters["a"].params["lm_head"].values()]
     alive = [weakref.ref(x) for x in weights]

@@ -77,7 +77,7 @@ def test_samples_of_a_request_differ_and_unseeded_requests_too(sampler):
 
 def test_adapters_of_any_shape_and_the_base_model_decode_in_one_batch(sampler, monkeypatch):
     kinds = [("base", None, model()[0]), *((str(x), adapter(*x), merged(*x)) for x in (WIDE, NARROW))]
-    draws = spy(monkeypatch, sampler._batch, "draw")
+    draws = spy(monkeypatch, sampler._runner, "decode")
     prompts = [tokens_of(n) for n in (20, 65)]
     futures = [
         (submit(sampler, ask(p, 2, max_tokens=20, seed=1, stop=[], prompt_logprobs=True), name, tree), p, reference)
@@ -94,7 +94,7 @@ def test_adapters_of_any_shape_and_the_base_model_decode_in_one_batch(sampler, m
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_samples(sampler, monkeypatch):
-    chunks = spy(monkeypatch, sampler._batch, "prefill")
+    chunks = spy(monkeypatch, sampler._runner, "prefill")
     run(sampler, ask(tokens_of(30, seed=5), 40, max_tokens=3), weights=next_weights())
     ((_, rows, _),) = chunks
     assert sum(row is not None for row in rows) == 1
@@ -103,7 +103,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(sampler, monkeypatch):
 def test_more_samples_than_pages_wait_and_draw_what_they_draw_side_by_side(sampler, monkeypatch):
     request = ask(tokens_of(30), 40, max_tokens=25, seed=6, stop=[])
     (expected,) = run(sampler, request)
-    draws = spy(monkeypatch, small()._batch, "draw")
+    draws = spy(monkeypatch, small()._runner, "decode")
     same(expected, run(small(), request)[0])
     assert len(draws) > 4
 
@@ -119,10 +119,10 @@ def test_pages_are_reused_without_a_trace(sampler):
 
 def test_a_sequence_that_gave_its_pages_up_comes_back_to_where_it_was(sampler, monkeypatch):
     requests = [ask(tokens_of(40 + i), max_tokens=120, seed=i, stop=[], prompt_logprobs=True) for i in range(5)]
-    pauses = spy(monkeypatch, small()._seats, "pause")
+    preemptions = spy(monkeypatch, small()._scheduler, "preempt")
     responses = run(small(), *requests, weights=next_weights())
-    paused = [sequence.order for (sequence,) in pauses]
-    assert paused and min(paused) > 0, "the oldest never gives way"
+    preempted = [sequence.order for (sequence,) in preemptions]
+    assert preempted and min(preempted) > 0, "the oldest never gives way"
     for i, (response, expected) in enumerate(zip(responses, run(sampler, *requests), strict=True)):
         same(response, expected)
         check(model()[0], tokens_of(40 + i), response)
@@ -131,7 +131,7 @@ def test_a_sequence_that_gave_its_pages_up_comes_back_to_where_it_was(sampler, m
 def test_requests_begin_in_order_when_pages_are_short(sampler, monkeypatch):
     requests = [ask(tokens_of(1 + 17 * i), 1 + i % 5, max_tokens=20, seed=i) for i in range(12)]
     expected = run(sampler, *requests)
-    joins = spy(monkeypatch, small()._seats.lanes, "join")
+    joins = spy(monkeypatch, small()._scheduler.slots, "join")
     names = [next_weights() for _ in requests]
     futures = [submit(small(), request, name) for request, name in zip(requests, names, strict=True)]
     small().step()
@@ -148,7 +148,7 @@ def test_a_long_prompt_holds_nobody_up(sampler, monkeypatch):
     short = submit(sampler, ask(tokens_of(5), 2, max_tokens=3 * STEPS, stop=[]))
     sampler.step()
     long = submit(sampler, ask(tokens_of(320, seed=9), max_tokens=2, stop=[]), next_weights())
-    calls = spy(monkeypatch, sampler._batch, "prefill")
+    calls = spy(monkeypatch, sampler._runner, "prefill")
     steps = 0
     while not short.done():
         sampler.step()
@@ -161,7 +161,7 @@ def test_the_first_that_finds_no_room_is_not_overtaken(sampler):
     first = submit(small(), ask(tokens_of(CONTEXT - 30), max_tokens=30, stop=[], seed=0))
     second = submit(small(), ask(tokens_of(CONTEXT - 31), max_tokens=30, stop=[], seed=0))
     small().step()
-    assert small().live_rows == 2
+    assert small().running == 2
     large = submit(small(), ask(tokens_of(CONTEXT - 32), max_tokens=2, stop=[], seed=0))
     little = submit(small(), ask(tokens_of(3), max_tokens=2, stop=[], seed=0))
     small().step()
@@ -183,11 +183,11 @@ def test_cancelling_frees_rows_at_the_next_step(sampler):
     stays = submit(sampler, ask(tokens_of(5), max_tokens=60, stop=[]))
     goes = submit(sampler, ask(tokens_of(6), 3, max_tokens=140, stop=[]))
     sampler.step()
-    assert sampler.live_rows == 4
+    assert sampler.running == 4
     never = submit(sampler, ask(tokens_of(7), 300, max_tokens=60))
     assert goes.cancel() and never.cancel()
     sampler.step()
-    assert sampler.live_rows == 1 and sampler.waiting == 0
+    assert sampler.running == 1 and sampler.waiting == 0
     finish(sampler, stays)
 
 
@@ -204,35 +204,35 @@ def test_random_cancellation_leaks_nothing_and_disturbs_no_neighbour(sampler, se
     futures = {(w, n): submit(sampler, request(n, 5), w, tree) for w, tree in trees.items() for n in lengths}
     finish(sampler)
     whole = {key: [s.tokens for s in future.result(0).sequences] for key, future in futures.items()}
-    open_jobs, finished, cancelled, paused = [], 0, 0, 0
+    open_requests, finished, cancelled, preempted = [], 0, 0, 0
     for _ in range(120):
-        if len(open_jobs) < 8:
+        if len(open_requests) < 8:
             key = list(whole)[rng.integers(len(whole))]
             samples = int(rng.integers(1, 6))
-            open_jobs.append((submit(small(), request(key[1], samples), key[0], trees[key[0]]), key, samples))
+            open_requests.append((submit(small(), request(key[1], samples), key[0], trees[key[0]]), key, samples))
         if rng.random() < 0.2:
-            open_jobs[rng.integers(len(open_jobs))][0].cancel()
+            open_requests[rng.integers(len(open_requests))][0].cancel()
         small().step()
-        paused += bool(small()._seats.paused)
-        at_work = [sequence.job for sequence in (*small()._seats.working, *small()._seats.paused)]
-        for job in set(at_work):
-            assert at_work.count(job) + len(job.done) + job.pending == job.ask.num_samples
-        for item in [item for item in open_jobs if item[0].done()]:
-            open_jobs.remove(item)
+        preempted += bool(small()._scheduler.preempted)
+        at_work = [sequence.group for sequence in (*small()._scheduler.running, *small()._scheduler.preempted)]
+        for group in set(at_work):
+            assert at_work.count(group) + len(group.done) + group.pending == group.request.num_samples
+        for item in [item for item in open_requests if item[0].done()]:
+            open_requests.remove(item)
             future, key, samples = item
             cancelled += future.cancelled()
             if not future.cancelled():
                 finished += 1
                 assert [s.tokens for s in future.result().sequences] == whole[key][:samples]
     finish(small())
-    assert all(future.done() for future, *_ in open_jobs)
-    assert finished > 15 and cancelled > 10 and paused > 3
+    assert all(future.done() for future, *_ in open_requests)
+    assert finished > 15 and cancelled > 10 and preempted > 3
 
 
 # -- failure ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program", ["draw", "prefill"])
+@pytest.mark.parametrize("program", ["decode", "prefill"])
 def test_a_failing_program_fails_what_it_served_and_the_others_come_back(sampler, monkeypatch, program):
     """At the failure one request decodes, another is in the middle of its prompt, a third waits."""
     monkeypatch.setattr(sampler, "_chunks", [1])
@@ -255,10 +255,10 @@ def test_a_failing_program_fails_what_it_served_and_the_others_come_back(sampler
             patch.undo()
             raise RuntimeError("out of device memory")
 
-        patch.setattr(sampler._batch, program, explode)
+        patch.setattr(sampler._runner, program, explode)
         sampler.step()
     finish(sampler)
-    failed = decoding if program == "draw" else filling
+    failed = decoding if program == "decode" else filling
     for future, response in zip((decoding, filling, waiting), expected, strict=True):
         if future is not failed:
             same(future.result(0), response)

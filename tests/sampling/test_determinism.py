@@ -136,7 +136,7 @@ def test_with_other_adapters_present(exact, alone):
 def test_while_it_waits_for_pages(alone, monkeypatch):
     """Nobody gives pages up: what decoding made would be computed anew by a prefill."""
     tight = shared(deterministic=True, pages=FEW)
-    pauses = spy(monkeypatch, tight._seats, "pause")
+    preemptions = spy(monkeypatch, tight._scheduler, "preempt")
     weights = next_weights()
     crowd = [submit(tight, other, weights) for other in others(12)]
     futures = {name: submit(tight, request, weights) for name, request in REQUESTS.items()}
@@ -144,6 +144,6 @@ def test_while_it_waits_for_pages(alone, monkeypatch):
     tight.step()
     assert tight.waiting > 6
     finish(tight)
-    assert not pauses
+    assert not preemptions
     for name, future in futures.items():
         same(future.result(0), alone[name], atol=0)

@@ -56,7 +56,7 @@ def test_weights_change_in_the_middle_of_a_sequence(training):
         sampler.submit(request, client._sampler_id, engine._samplers[client._sampler_id].adapter, future)
         for _ in range(2):
             sampler.step()
-        (running,) = sampler._seats.working
+        (running,) = sampler._scheduler.running
         drawn = len(running.drawn)
         sampler.replace(client._sampler_id, weights)
         while sampler.step():

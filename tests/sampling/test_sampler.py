@@ -63,7 +63,7 @@ def test_prompts_around_every_border_are_scored_and_continued_right_under_an_ada
 
 def test_several_chunks_of_one_prompt_are_computed_in_one_call(sampler, monkeypatch):
     p = tokens_of(300, seed=1)
-    calls = spy(monkeypatch, sampler._batch, "prefill")
+    calls = spy(monkeypatch, sampler._runner, "prefill")
     (response,) = run(sampler, ask(p, max_tokens=2, stop=[], prompt_logprobs=True))
     ((_, chunks, _),) = calls
     assert [chunk.start for chunk in chunks if chunk] == [0, 64, 128, 192, 256]
@@ -263,7 +263,7 @@ def test_a_string_frees_its_row_at_once_and_the_others_go_on(sampler, free):
     stopped = submit(sampler, ask(tokens_of(10), temperature=0, max_tokens=300, stop=text(free.tokens[1:3])))
     others = submit(sampler, ask(tokens_of(10), 2, max_tokens=60, stop=[]))
     sampler.step()
-    assert stopped.done() and not others.done() and sampler.live_rows == 2
+    assert stopped.done() and not others.done() and sampler.running == 2
     assert stopped.result(0).sequences[0].stop_reason == "stop"
     finish(sampler, others)
 

@@ -45,7 +45,7 @@ def test_eight_devices_draw_what_one_draws(spread):
     for future, request, response, reference in futures:
         same(future.result(0), response)
         check(reference, request.prompt.to_ints(), future.result(0))
-    pool = spread._batch._pool.k
+    pool = spread._runner._pool.k
     assert pool.addressable_shards[0].data.shape[:2] == (pool.shape[0] // 4, 1)  # pages over 4, 2 key heads over 2
 
 
@@ -68,7 +68,7 @@ def test_a_part_without_pages_is_no_reason_to_wait():
     long = [[*stem, *tokens_of(4 * PAGE, seed=seed)] for seed in range(3)]  # the part that knows the stem has room for two
     futures = [submit(tight, ask(prompt, max_tokens=3, seed=1, stop=[]), name) for prompt in long]
     tight._admit()
-    assert tight.live_rows == 3 and tight.waiting == 0 and len({s.part for s in tight._seats.working}) == 2
+    assert tight.running == 3 and tight.waiting == 0 and len({s.part for s in tight._scheduler.running}) == 2
     finish(tight)
     for prompt, future in zip(long, futures, strict=True):
         check(model()[0], prompt, future.result(0))
@@ -76,11 +76,11 @@ def test_a_part_without_pages_is_no_reason_to_wait():
 
 def test_sequences_that_lost_their_pages_go_on_in_any_part(monkeypatch):
     tight = make(mesh=CUBE, pages=FEW)
-    pauses = spy(monkeypatch, tight._seats, "pause")
+    preemptions = spy(monkeypatch, tight._scheduler, "preempt")
     prompts = [tokens_of(PAGE + n, seed=9) for n in range(6 * PARTS)]
     requests = [ask(prompt, max_tokens=200, seed=n, stop=[]) for n, prompt in enumerate(prompts)]
     responses = run(tight, *requests, weights=next_weights())
-    assert len(pauses) >= PARTS
+    assert len(preemptions) >= PARTS
     for prompt, response in zip(prompts, responses, strict=True):
         check(model()[0], prompt, response)
 

@@ -61,12 +61,12 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         lora: Mapping[str, Any],
         attend: Attend,
-        lanes_MR: jax.Array | None = None,
+        slots_MR: jax.Array | None = None,
     ) -> jax.Array:
         cfg, M = self.cfg, h_MD.shape[0]
 
         def linears(x_MD: jax.Array, *names: str) -> list[jax.Array]:
-            return project(x_MD, [getattr(self, name) for name in names], [lora.get(name) for name in names], lanes_MR)
+            return project(x_MD, [getattr(self, name) for name in names], [lora.get(name) for name in names], slots_MR)
 
         q, k, v = linears(self.attn_norm(h_MD), "q_proj", "k_proj", "v_proj")
         q_MNH, k_MKH, v_MKH = q.reshape(M, cfg.N, cfg.H), k.reshape(M, cfg.K, cfg.H), v.reshape(M, cfg.K, cfg.H)
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
         tables_RW: jax.Array,
         pages: Pages,
         lora: Mapping[str, Any] | None = None,
-        lanes_MR: jax.Array | None = None,
+        slots_MR: jax.Array | None = None,
         *,
         paged: PagedAttention,
         layers: Layers | None = None,
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
             tables_RW: int32 pages of each sequence, in order, as in the first layer.
             pages: the pool.
             lora: as in `forward`.
-            lanes_MR: bool [R·T, rank], as in `tinker_jax.lora.updates`; None: every token takes the whole adapter.
+            slots_MR: bool [R·T, rank], as in `tinker_jax.lora.updates`; None: every token takes the whole adapter.
             paged: the attention over pages of this mesh.
             layers: what `unstacked` made of `lora`; None scans the stacked ones. On CPU a scan copies each layer's weights.
 
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
                 pool = paged.write(pool, k, v, tables, positions_RT)
                 return paged.attend(pool, q, tables, positions_RT, scale=cfg.H**-0.5).reshape(M, cfg.N, cfg.H)
 
-            h_MD = block(h_MD, rope, factors, attend, lanes_MR)
+            h_MD = block(h_MD, rope, factors, attend, slots_MR)
             return (h_MD, pool), None
 
         carry = self.embedding_VD[...][tokens_RT.reshape(M)], pages

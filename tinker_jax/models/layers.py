@@ -37,10 +37,10 @@ def project(
     x_MD: jax.Array,
     linears: Sequence[Linear],
     adapters: Sequence[Mapping[str, jax.Array] | None],
-    lanes_MR: jax.Array | None = None,
+    slots_MR: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Several linears of the same tokens, each with its adapter where it has one; `lanes_MR` as in `lora.updates`."""
-    updates = lora.updates(x_MD, adapters, lanes_MR)
+    """Several linears of the same tokens, each with its adapter where it has one; `slots_MR` as in `lora.updates`."""
+    updates = lora.updates(x_MD, adapters, slots_MR)
     return [linear(x_MD, update) for linear, update in zip(linears, updates, strict=True)]
 
 

@@ -1,7 +1,8 @@
 """Adapters side by side: rows of one decode batch, each under its own adapter or none.
 
-Adapters are laid next to each other along the rank axis. A row reads and writes the lanes of its own adapter alone; every other
-lane is masked between the two factors, so that a linear of any number of adapters stays two plain products.
+Adapters are laid next to each other along the rank axis; an adapter's slot is its columns there. A row uses the slot of its own
+adapter alone: every other column is masked between the two factors, so that a linear of any number of adapters stays two plain
+products.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from tinker_jax import lora
 from tinker_jax.lora import Adapter
 from tinker_jax.programs import Program
 
-MOST_LANES = 512
-"""Summed ranks of the adapters in one batch; whoever finds no room waits. One adapter of any rank fits."""
+MOST_SLOT_RANK = 512
+"""Summed ranks of the adapters in one batch; a request whose adapter finds no room waits. One adapter of any rank fits."""
 
 
-class Lanes:
-    """The adapters at work, by the name of their weights."""
+class AdapterSlots:
+    """The adapters of running sequences, by the name of their weights."""
 
     def __init__(self) -> None:
         self._users: collections.Counter[Hashable] = collections.Counter()
         self._adapters: dict[Hashable, Adapter] = {}
         self._spans: dict[Hashable, tuple[int, int]] = {}  # of what is in the tree
         self._tree: Adapter | None = None
-        self._put = Program(_put, "adapter lanes", donate=[0])
+        self._put = Program(_put, "adapter slots", donate=[0])
         self._finite = Program(_finite, "adapter check")
 
     @property
@@ -47,10 +48,10 @@ class Lanes:
         """Is there room for a row of these weights?"""
         if adapter is None or weights in self._adapters or not self._adapters:
             return True
-        return sum(map(_rank, self._adapters.values())) + _rank(adapter) <= MOST_LANES
+        return sum(map(_rank, self._adapters.values())) + _rank(adapter) <= MOST_SLOT_RANK
 
     def finite(self, adapter: Adapter) -> bool:
-        """Are all of an adapter's numbers finite? One that is not would reach its neighbours' rows: 0 · nan is nan."""
+        """Are all of an adapter's numbers finite? One that is not would reach the rows of others: 0 · nan is nan."""
         return bool(self._finite(adapter, shape=describe(adapter)))
 
     def join(self, weights: Hashable, adapter: Adapter | None) -> None:
@@ -69,13 +70,13 @@ class Lanes:
                 self._tree, self._spans = None, {}
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
-        """New values under an old name; rows that are under way go on with them."""
-        self._spans.pop(weights, None)  # also when nobody uses them now: the tree may hold the old values still
+        """New values under an old name; running rows continue with them."""
+        self._spans.pop(weights, None)  # also when no row uses them: the tree may still hold the old values
         if weights in self._adapters:
             self._adapters[weights] = adapter
 
     def span(self, weights: Hashable) -> tuple[int, int]:
-        """First lane of these weights, and the one after their last, in `tree`; (0, 0) for the base model."""
+        """Slot of these weights: their first column in `tree` and the one after their last; (0, 0) for the base model."""
         return self._spans.get(weights, (0, 0))
 
     def tree(self) -> Adapter | None:
@@ -90,7 +91,7 @@ class Lanes:
         """Compiles what putting up to `most` adapters of this shape together takes; a tree of every width there can be."""
         self.finite(adapter)
         rank, trees = _rank(adapter), []
-        for width in sorted({lora.bucket(rank * n) for n in range(1, min(most, max(1, MOST_LANES // rank)) + 1)}):
+        for width in sorted({lora.bucket(rank * n) for n in range(1, min(most, max(1, MOST_SLOT_RANK // rank)) + 1)}):
             if width == rank:
                 trees.append(adapter)
             else:

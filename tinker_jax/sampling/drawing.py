@@ -36,7 +36,7 @@ class Rows(NamedTuple):
         seed: uint32 [S, 2], see `seed_words`.
         sample: int32 [S], number of the sample within its request.
         stop_ids: int32 [S, STOP_IDS]; -1 fills up.
-        lanes: int32 [S, 2], first lane of the row's adapter and the one after its last (`tinker_jax.sampling.adapter_slots`).
+        slots: int32 [S, 2], first column of the row's adapter slot and its end (`tinker_jax.sampling.adapter_slots`).
         table: int32 [S, W], the row's pages.
     """
 
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
     seed: Any
     sample: Any
     stop_ids: Any
-    lanes: Any
+    slots: Any
     table: Any
 
     @classmethod
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
             seed=np.zeros((S, 2), np.uint32),
             sample=np.zeros(S, i32),
             stop_ids=np.full((S, STOP_IDS), -1, i32),
-            lanes=np.zeros((S, 2), i32),
+            slots=np.zeros((S, 2), i32),
             table=np.zeros((S, W), i32),
         )
 
@@ -195,13 +195,13 @@ def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.A
     return jnp.argmax(scores_SV, axis=-1).astype(jnp.int32), logp_SV
 
 
-def own_lanes(lanes_R2: jax.Array, adapter: Mapping[str, Any] | None) -> jax.Array | None:
+def own_slots(slots_R2: jax.Array, adapter: Mapping[str, Any] | None) -> jax.Array | None:
     """bool [R, rank], see `tinker_jax.lora.updates`; None without an adapter."""
     if not adapter:
         return None
     rank = next(iter(jax.tree.leaves(adapter))).shape[-1]  # an `a`: they sort before any `b`
-    lane_1R = jnp.arange(rank, dtype=jnp.int32)[None]
-    return (lane_1R >= lanes_R2[:, :1]) & (lane_1R < lanes_R2[:, 1:])
+    column_1R = jnp.arange(rank, dtype=jnp.int32)[None]
+    return (column_1R >= slots_R2[:, :1]) & (column_1R < slots_R2[:, 1:])
 
 
 def decode_chunk(
@@ -236,7 +236,7 @@ def decode_chunk(
         kernel_DV = jax.lax.optimization_barrier(kernel_DV)
     rows = Rows(*(jnp.asarray(x) for x in rows))
     S = rows.token.shape[0]
-    table, lanes = rows.table, own_lanes(rows.lanes, adapter)
+    table, slots = rows.table, own_slots(rows.slots, adapter)
     start = Drawn(
         count=jnp.zeros((S,), jnp.int32),
         tokens=jnp.zeros((S, steps), jnp.int32),
@@ -253,8 +253,8 @@ def decode_chunk(
         step, pages, rows, drawn = carry
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
         token_S1 = rows.token[:, None]
-        h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, lanes, paged=paged, layers=layers)
-        token_S, logp_SV = draw(head_logits(h_SD, kernel_DV.T, head, lanes), rows, rows.position + 1)
+        h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, slots, paged=paged, layers=layers)
+        token_S, logp_SV = draw(head_logits(h_SD, kernel_DV.T, head, slots), rows, rows.position + 1)
         drawn = drawn._replace(
             count=drawn.count + rows.live,
             tokens=drawn.tokens.at[:, step].set(token_S),

@@ -1,6 +1,6 @@
-"""The sampler's side of the device: the pages, and the few programs that touch them.
+"""The sampler's side of the device: the pool of pages, and the few programs that use it.
 
-A row is known to a program by its table of pages alone, so rows come, go and change places at no cost.
+A row is known to a program by its table of pages alone, so rows join, leave and move at no cost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import describe
-from tinker_jax.sampling.drawing import Drawn, Rows, decode_chunk, own_lanes
+from tinker_jax.sampling.drawing import Drawn, Rows, decode_chunk, own_slots
 
 STEPS = 16
 """Most tokens a row draws between two visits of Python."""
@@ -35,11 +35,11 @@ class Chunk:
     tokens: np.ndarray
     start: int
     table: np.ndarray
-    lanes: tuple[int, int]
+    slot: tuple[int, int]
 
 
-class DecodeBatch:
-    """Keys and values of the sequences at work. The pool is donated to every program, never copied.
+class ModelRunner:
+    """Keys and values of the running sequences, and the programs over them. The pool is donated to every program, never copied.
 
     Args:
         cfg: shape of the model.
@@ -86,17 +86,17 @@ class DecodeBatch:
         """
         R, W = len(chunks), next(chunk.table.size for chunk in chunks if chunk)
         tokens, positions = np.zeros((R, T), np.int32), np.full((R, T), -1, np.int32)
-        tables, lanes = np.zeros((R, W), np.int32), np.zeros((R, 2), np.int32)
+        tables, slots = np.zeros((R, W), np.int32), np.zeros((R, 2), np.int32)
         for r, chunk in enumerate(chunks):
             if chunk:
                 n = len(chunk.tokens)
                 tokens[r, :n], positions[r, :n] = chunk.tokens, np.arange(chunk.start, chunk.start + n)
-                tables[r], lanes[r] = chunk.table, chunk.lanes
+                tables[r], slots[r] = chunk.table, chunk.slot
         shape = f"{R}x{T} {describe(adapter)}"
-        h_RTD, self._pool = self._prefill(self._params, adapter, self._pages, tokens, positions, tables, lanes, shape=shape)
+        h_RTD, self._pool = self._prefill(self._params, adapter, self._pages, tokens, positions, tables, slots, shape=shape)
         return h_RTD
 
-    def draw(self, adapter: Adapter | None, rows: Rows, top: int) -> Drawn:
+    def decode(self, adapter: Adapter | None, rows: Rows, top: int) -> Drawn:
         """Draws up to `STEPS` tokens for every live row; numpy arrays.
 
         Args:
@@ -120,11 +120,11 @@ class DecodeBatch:
     def _empty(self) -> Pages:
         return self._paged.empty(self._pages_each * self._cfg.L)
 
-    def _forward(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, lanes_R2):
+    def _forward(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2):
         R, T = tokens_RT.shape
-        decoder, lanes = Decoder(self._cfg, params), own_lanes(lanes_R2, adapter)
-        lanes_MR = None if lanes is None else jnp.repeat(lanes, T, axis=0)
-        h_MD, pages = decoder.extend(tokens_RT, positions_RT, tables_RW, pages, adapter, lanes_MR, paged=self._paged)
+        decoder, slots = Decoder(self._cfg, params), own_slots(slots_R2, adapter)
+        slots_MR = None if slots is None else jnp.repeat(slots, T, axis=0)
+        h_MD, pages = decoder.extend(tokens_RT, positions_RT, tables_RW, pages, adapter, slots_MR, paged=self._paged)
         return h_MD.reshape(R, T, -1), pages
 
     def _chunk(self, params, adapter, pages, rows, *, top):

@@ -1,7 +1,7 @@
-"""Pages of the key/value cache on the host: who holds which, what those that nobody holds still remember.
+"""Pages of the key/value cache on the host: which sequences hold them, and the prefix cache.
 
 A page holds the keys and values of `PAGE` consecutive tokens of one sequence. Sequences that begin alike under the same
-weights hold the same pages. A page that is let go keeps its content until its place is needed, oldest first, so that a prompt
+weights hold the same pages. A released page keeps its content until it is needed for another, oldest first, so that a prompt
 that extends an earlier one finds it. Pure bookkeeping; no device is touched here.
 """
 
@@ -17,7 +17,7 @@ Key = tuple[Hashable, bytes]
 
 
 class PagePool:
-    """Pages 1 … size of one shard of the cache; page 0 belongs to nobody.
+    """Pages 1 … size of one shard of the cache; page 0 belongs to no sequence.
 
     Args:
         size: pages that sequences may hold.
@@ -27,7 +27,7 @@ class PagePool:
         self.size = size
         self._free = list(range(size, 0, -1))
         self._holders: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # remembered, held by nobody; oldest first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by no sequence; oldest first
         self._page_of: dict[Key, int] = {}
         self._known: dict[int, tuple[Key, int]] = {}  # page → its key and its identity
         self._identities = itertools.count()
@@ -64,7 +64,7 @@ class PagePool:
             self._idle.pop(page, None)
 
     def release(self, pages: Iterable[int]) -> None:
-        """A sequence lets go of its pages, given in the order of its tokens: the first of them are remembered longest."""
+        """A sequence releases its pages, given in the order of its tokens: the first of them are remembered longest."""
         for page in reversed(list(pages)):
             self._holders[page] -= 1
             if not self._holders[page]:

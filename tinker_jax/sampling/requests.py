@@ -1,4 +1,4 @@
-"""What a sample request asks of the engine: checked against the model, defaults resolved, arrays ready."""
+"""A sample request: checked against the model, defaults resolved, arrays ready."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_PER_POSITION = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class Request:
     """A checked request.
 
     Attributes:
@@ -59,7 +59,7 @@ class Ask:
 
     @property
     def need(self) -> int:
-        """Places a row takes in the cache: the last token drawn is never fed back."""
+        """Tokens of the sequence that the cache holds at most: the last token drawn is never fed back."""
         return len(self.prompt) + self.max_tokens - 1
 
     @property
@@ -71,7 +71,7 @@ class Ask:
         return len(self.prompt) - 1 - min(self.last_n, len(self.prompt) - 1) * bool(scored)
 
 
-def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) -> Ask:
+def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) -> Request:
     """Checks a request against the model.
 
     `max_tokens` beyond the context is clipped to it (the sequence then ends with reason `"length"`). A prompt as long as
@@ -91,7 +91,7 @@ def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) ->
         most = MOST_PER_POSITION if name == "prompt_alt_tokens_k" else min(cfg.V, MOST_PER_POSITION)
         if getattr(request, name) > most:
             raise BadRequestError(f"{name}: expected at most {most} for this model, got {getattr(request, name)}.")
-    return Ask(
+    return Request(
         prompt=prompt,
         num_samples=request.num_samples,
         max_tokens=max_tokens,

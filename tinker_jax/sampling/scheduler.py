@@ -1,4 +1,4 @@
-"""Who has a row of the decode batch and pages of the cache, and who gives them up.
+"""Which sequences run, on which rows and pages, and which are preempted.
 
 Pure bookkeeping on the host; no device is touched here.
 """
@@ -12,11 +12,11 @@ import numpy as np
 
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
-from tinker_jax.sampling.adapter_slots import Lanes
+from tinker_jax.sampling.adapter_slots import AdapterSlots
 from tinker_jax.sampling.drawing import STOP_IDS, Rows
 from tinker_jax.sampling.model_runner import STEPS
 from tinker_jax.sampling.page_pool import PagePool
-from tinker_jax.sampling.sequence import Job, Sequence
+from tinker_jax.sampling.sequence import Sequence, SequenceGroup
 
 
 def pages_for(tokens: int) -> int:
@@ -24,36 +24,36 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-class Seats:
-    """Sequences at work and their pages.
+class Scheduler:
+    """Running sequences and their pages.
 
     Args:
         pages: that the sequences of one part of the rows may hold.
         parts: of the rows, each with pages of its own.
-        most_rows: sequences at work in one part.
+        most_rows: sequences that run in one part at once.
         context: most tokens of a sequence.
         deterministic: see `tinker_jax.sampling.sampler.Sampler`.
 
     Attributes:
-        working: sequences that hold pages.
-        paused: gave their pages up and come back; oldest first.
-        lanes: adapters of those at work.
+        running: sequences that hold pages.
+        preempted: sequences whose pages were taken, to be admitted again; oldest first.
+        slots: adapters of the running sequences.
     """
 
     def __init__(self, pages: int, parts: int, most_rows: int, context: int, deterministic: bool) -> None:
-        self.working: list[Sequence] = []
-        self.paused: list[Sequence] = []
-        self.lanes = Lanes()
+        self.running: list[Sequence] = []
+        self.preempted: list[Sequence] = []
+        self.slots = AdapterSlots()
         self._pages, self._parts, self._most_rows = pages, parts, most_rows
         self._most_pages, self._deterministic = pages_for(context), deterministic
         self._pools = [PagePool(pages) for _ in range(parts)]
-        self._seated = 0  # sequences that ever got a place
+        self._admitted = 0  # sequences that were ever admitted
         self._changes: collections.Counter[Hashable] = collections.Counter()  # of the values that go by a name
 
     @property
     def room(self) -> int:
         """Rows that are free."""
-        return self._most_rows * self._parts - len(self.working)
+        return self._most_rows * self._parts - len(self.running)
 
     @property
     def held_pages(self) -> int:
@@ -65,38 +65,38 @@ class Seats:
         return [[s for s in sequences if s.part == part] for part in range(self._parts)]
 
     def forget(self) -> None:
-        """Nothing is known of any page any more; who was at work has to come back."""
-        for sequence in list(self.working):
-            self.pause(sequence)
+        """Forgets every page; running sequences are preempted."""
+        for sequence in list(self.running):
+            self.preempt(sequence)
         self._pools = [PagePool(self._pages) for _ in self._pools]
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
         """New values under an old name: no page computed under the old ones will be shared again."""
         self._changes[weights] += 1
-        self.lanes.replace(weights, adapter)
+        self.slots.replace(weights, adapter)
 
-    def seat(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool | None:
+    def admit(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool | None:
         """Gives a sequence its pages, those that are known already among them.
 
         Returns:
-            True; False when a prefill under way will soon make pages that it can share; None when there is no room.
+            True; False when a running prefill will soon make pages that it can share; None when there is no room.
         """
-        if not self._may_join(sequence.job):
+        if not self._may_join(sequence.group):
             return None
-        tried = (self._seat_in(*choice, sequence, copies) for choice in self._choices(sequence))
-        return next((seated for seated in tried if seated is not None), None)
+        tried = (self._admit_to(*choice, sequence, copies) for choice in self._choices(sequence))
+        return next((admitted for admitted in tried if admitted is not None), None)
 
-    def _seat_in(
+    def _admit_to(
         self, part: int, shared: list[int], parent: Hashable, sequence: Sequence, copies: list[tuple[int, int, int]]
     ) -> bool | None:
-        job, end = sequence.job, sequence.length - 1
+        group, end = sequence.group, sequence.length - 1
         pool, rows = self._pools[part], self._rows_of(part)
-        twin = None if sequence.drawn else next((s for s in self.working if s.job is job and s.part == part), None)
+        twin = None if sequence.drawn else next((s for s in self.running if s.group is group and s.part == part), None)
         if (twin and twin.computed < end) or self._coming(part, sequence, len(shared), parent):
             return False
-        own = pages_for(job.ask.need if self._deterministic else sequence.length) - len(shared)
+        own = pages_for(group.request.need if self._deterministic else sequence.length) - len(shared)
         pool.hold(shared)
-        # One page for each row at work: it will want it soon.
+        # One page is left for each running row, which will need it soon.
         if rows >= self._most_rows or pool.available < own + rows * (not self._deterministic):
             pool.release(shared)
             return None
@@ -106,21 +106,21 @@ class Seats:
             copies.append((part, twin.pages[len(shared)], sequence.pages[len(shared)]))
             sequence.computed = end
         if sequence.order < 0:
-            sequence.order, self._seated = self._seated, self._seated + 1
+            sequence.order, self._admitted = self._admitted, self._admitted + 1
             if not sequence.index:
-                job.hits = sequence.computed
-        self.lanes.join(job.weights, job.adapter)
-        self.working.append(sequence)
-        if sequence in self.paused:
-            self.paused.remove(sequence)
+                group.hits = sequence.computed
+        self.slots.join(group.weights, group.adapter)
+        self.running.append(sequence)
+        if sequence in self.preempted:
+            self.preempted.remove(sequence)
         return True
 
-    def _may_join(self, job: Job) -> bool:
-        """Can its rows be computed beside those at work?"""
-        if self._deterministic and self.working:
-            other = self.working[0].job
-            return job.kind == other.kind
-        return self.lanes.fits(job.weights, job.adapter)
+    def _may_join(self, group: SequenceGroup) -> bool:
+        """Can its rows be computed beside the running ones?"""
+        if self._deterministic and self.running:
+            other = self.running[0].group
+            return group.kind == other.kind
+        return self.slots.fits(group.weights, group.adapter)
 
     def _choices(self, sequence: Sequence) -> list[tuple[int, list[int], Hashable]]:
         """Parts of the rows, best first, the pages of a sequence that are known there, and what stands for the last of them.
@@ -134,32 +134,32 @@ class Seats:
 
     def _known(self, part: int, sequence: Sequence) -> tuple[list[int], Hashable]:
         """Pages that hold the beginning of a sequence, and what stands for the last of them in a key."""
-        job, pool = sequence.job, self._pools[part]
-        parent, pages, end = (job.weights, self._changes[job.weights]), [], sequence.length - 1
+        group, pool = sequence.group, self._pools[part]
+        parent, pages, end = (group.weights, self._changes[group.weights]), [], sequence.length - 1
         if not sequence.index:
-            end = min(end, job.scored) if job.scored < len(job.ask.prompt) - 1 else end
+            end = min(end, group.scored) if group.scored < len(group.request.prompt) - 1 else end
         while (len(pages) + 1) * PAGE <= end and (page := pool.find(_key(sequence, len(pages), parent))):
             pages.append(page)
             parent = pool.identity(page)
         return pages, parent
 
     def _coming(self, part: int, sequence: Sequence, known: int, parent: Hashable) -> bool:
-        """Is the first page that a sequence lacks about to be made for another?"""
+        """Is the first page that a sequence lacks being computed for another?"""
         if (known + 1) * PAGE > sequence.length - 1:
             return False
         key = _key(sequence, known, parent)
-        others = (s for s in self.working if not s.ready and s.part == part and s.known == known)
+        others = (s for s in self.running if not s.ready and s.part == part and s.known == known)
         return any(_key(other, known, other.parent) == key for other in others)
 
     def _rows_of(self, part: int) -> int:
-        return sum(sequence.part == part for sequence in self.working)
+        return sum(sequence.part == part for sequence in self.running)
 
     def grow(self, sequence: Sequence) -> None:
-        """Pages for the next chunk, if need be from younger sequences."""
+        """Pages for the next chunk; preempts the youngest sequences when too few are left."""
         pool = self._pools[sequence.part]
         lack = pages_for(sequence.computed + min(STEPS, sequence.remaining)) - len(sequence.pages)
         while sequence.pages and lack > pool.available:
-            self.pause(max((s for s in self.working if s.part == sequence.part), key=lambda s: s.order))
+            self.preempt(max((s for s in self.running if s.part == sequence.part), key=lambda s: s.order))
         if sequence.pages and lack > 0:
             sequence.pages += pool.take(lack)
 
@@ -167,7 +167,7 @@ class Seats:
         """Tells the pool what a sequence's full pages hold."""
         end = sequence.computed
         if self._deterministic:  # what decoding computes differs in the last bit from what a prefill does
-            end = min(end, len(sequence.job.ask.prompt) - 1)
+            end = min(end, len(sequence.group.request.prompt) - 1)
         pool = self._pools[sequence.part]
         while (sequence.known + 1) * PAGE <= end:
             key = _key(sequence, sequence.known, sequence.parent)
@@ -181,34 +181,34 @@ class Seats:
         return table
 
     def put(self, rows: Rows, place: int, sequence: Sequence) -> None:
-        """Describes a sequence that is ready to be decoded in a place of a decode batch."""
-        ask = sequence.job.ask
-        rows.token[place] = sequence.drawn[-1] if sequence.drawn else ask.prompt[-1]
+        """Describes a sequence that is ready to be decoded in a row of the decode batch."""
+        request = sequence.group.request
+        rows.token[place] = sequence.drawn[-1] if sequence.drawn else request.prompt[-1]
         rows.position[place] = sequence.computed
         rows.remaining[place] = sequence.remaining
         rows.live[place] = True
-        rows.temperature[place] = ask.temperature
-        rows.top_k[place] = ask.top_k
-        rows.top_p[place] = ask.top_p
-        rows.seed[place] = ask.seed
+        rows.temperature[place] = request.temperature
+        rows.top_k[place] = request.top_k
+        rows.top_p[place] = request.top_p
+        rows.seed[place] = request.seed
         rows.sample[place] = sequence.index
-        if len(ask.stop.ids) <= STOP_IDS:
-            rows.stop_ids[place, : len(ask.stop.ids)] = ask.stop.ids
-        rows.lanes[place] = self.lanes.span(sequence.job.weights)
+        if len(request.stop.ids) <= STOP_IDS:
+            rows.stop_ids[place, : len(request.stop.ids)] = request.stop.ids
+        rows.slots[place] = self.slots.span(sequence.group.weights)
         rows.table[place] = self.table(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
-        """Takes a sequence's row and pages."""
-        self.working.remove(sequence)
-        self.lanes.leave(sequence.job.weights)
+    def remove(self, sequence: Sequence) -> None:
+        """Frees a sequence's row and pages."""
+        self.running.remove(sequence)
+        self.slots.leave(sequence.group.weights)
         self._pools[sequence.part].release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
 
-    def pause(self, sequence: Sequence) -> None:
-        """Takes a sequence's row and pages until there is room again; what it drew stays."""
-        self.leave(sequence)
-        self.paused.append(sequence)
-        self.paused.sort(key=lambda sequence: sequence.order)
+    def preempt(self, sequence: Sequence) -> None:
+        """Frees a sequence's row and pages until there is room again; what it drew stays."""
+        self.remove(sequence)
+        self.preempted.append(sequence)
+        self.preempted.sort(key=lambda sequence: sequence.order)
 
 
 def _key(sequence: Sequence, page: int, parent: Hashable) -> tuple[Hashable, bytes]:

@@ -19,7 +19,7 @@ from tinker_jax.models.dense import Params, unembedding
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import describe
 from tinker_jax.sampling.drawing import noise, tempered_logprobs
-from tinker_jax.sampling.requests import MOST_PER_POSITION, Ask
+from tinker_jax.sampling.requests import MOST_PER_POSITION, Request
 from tinker_jax.types.sampling import MASK_LOGPROB, PromptAltTokens, TopkLogprobs
 from tinker_jax.types.tensor_data import TensorData
 
@@ -39,21 +39,21 @@ class Needs(NamedTuple):
     alternatives: int
 
 
-def needs(ask: Ask, V: int) -> Needs:
+def needs(request: Request, V: int) -> Needs:
     """What the request asks about its prompt."""
-    columns = _columns(ask).shape[1]
-    return Needs(width(columns), width(ask.prompt_top, V), width(ask.alternatives))
+    columns = _columns(request).shape[1]
+    return Needs(width(columns), width(request.prompt_top, V), width(request.alternatives))
 
 
 class PromptScores:
     """The numbers about one prompt, filled chunk by chunk. Row t speaks of prompt token t + 1."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask, n = ask, len(ask.prompt) - 1
-        K = _columns(ask).shape[1]
+    def __init__(self, request: Request) -> None:
+        self._request, n = request, len(request.prompt) - 1
+        K = _columns(request).shape[1]
         self._logprobs = np.zeros((n, K), np.float32)
-        self._top = np.zeros((n, ask.prompt_top), np.int32), np.zeros((n, ask.prompt_top), np.float32)
-        self._drawn = np.zeros((n, ask.alternatives), np.int32), np.zeros((n, ask.alternatives), np.float32)
+        self._top = np.zeros((n, request.prompt_top), np.int32), np.zeros((n, request.prompt_top), np.float32)
+        self._drawn = np.zeros((n, request.alternatives), np.int32), np.zeros((n, request.alternatives), np.float32)
 
     def put(self, start: int, n: int, scored: Scored, row: int) -> None:
         """Takes the first n positions of a row of `Scorer.score`, which begins with prompt token `start`."""
@@ -64,7 +64,7 @@ class PromptScores:
 
     def fields(self) -> dict[str, Any]:
         """Fields of `SampleResponse` about the prompt."""
-        return _fields(self._ask, self._logprobs, self._top, self._drawn)
+        return _fields(self._request, self._logprobs, self._top, self._drawn)
 
 
 class Scored(NamedTuple):
@@ -94,32 +94,32 @@ class Scorer:
         """Number of compiled programs."""
         return self._targets.count + self._top.count + self._alternatives.count
 
-    def score(self, asks: Sequence[tuple[Ask, int] | None], adapter: Adapter | None, h_RTD: jax.Array) -> Scored:
+    def score(self, requests: Sequence[tuple[Request, int] | None], adapter: Adapter | None, h_RTD: jax.Array) -> Scored:
         """Scores a chunk of prompts of the same `Needs` under the same adapter.
 
         Args:
-            asks: for each row the request and its chunk's first prompt token, or None where a row is not to be scored.
+            requests: for each row the request and its chunk's first prompt token, or None where a row is not to be scored.
             adapter: scaled, or None.
             h_RTD: hidden states; column t of a row stands for prompt token start + t and predicts the one after it.
         """
         R, T, _ = h_RTD.shape
-        given = [(r, *item) for r, item in enumerate(asks) if item is not None]
+        given = [(r, *item) for r, item in enumerate(requests) if item is not None]
         need, head = needs(given[0][1], self._cfg.V), (adapter or {}).get("lm_head")
         shape = f"{R}x{T} {describe({'lm_head': head} if head else None)}"
         empty = np.empty((R, T, 0), np.float32)
         logprobs, top, drawn = empty, (empty, empty), (empty, empty)
         if need.targets:
             ids = np.zeros((R, T, need.targets), np.int32)
-            for r, ask, start in given:
-                columns = _columns(ask)[start : start + T]
+            for r, request, start in given:
+                columns = _columns(request)[start : start + T]
                 ids[r, : columns.shape[0], : columns.shape[1]] = np.maximum(columns, 0)
             logprobs = self._targets(self._params, head, h_RTD, ids, shape=f"{shape} K={need.targets}")
         if need.top:
             top = self._top(self._params, head, h_RTD, k=need.top, shape=shape)
         if need.alternatives:
             seed, temperature, first = np.zeros((R, 2), np.uint32), np.ones(R, np.float32), np.zeros(R, np.int32)
-            for r, ask, start in given:
-                seed[r], temperature[r], first[r] = ask.seed, ask.temperature, start + 1
+            for r, request, start in given:
+                seed[r], temperature[r], first[r] = request.seed, request.temperature, start + 1
             drawn = self._alternatives(self._params, head, h_RTD, seed, temperature, first, k=need.alternatives, shape=shape)
         return Scored(*jax.device_get((logprobs, top, drawn)))
 
@@ -161,33 +161,33 @@ class Scorer:
         return ids.reshape(R, T, k), logprobs.reshape(R, T, k)
 
 
-def _columns(ask: Ask) -> np.ndarray:
+def _columns(request: Request) -> np.ndarray:
     """int [P - 1, 1 or 0 + K]: the prompt's own next tokens, if asked for, then the caller's targets."""
-    own = ask.prompt[1:, None] if ask.prompt_logprobs else np.empty((len(ask.prompt) - 1, 0), np.int32)
-    return own if ask.target_ids is None else np.concatenate([own, ask.target_ids], axis=1)
+    own = request.prompt[1:, None] if request.prompt_logprobs else np.empty((len(request.prompt) - 1, 0), np.int32)
+    return own if request.target_ids is None else np.concatenate([own, request.target_ids], axis=1)
 
 
 def _fields(
-    ask: Ask, logprobs_TK: np.ndarray, top: tuple[np.ndarray, np.ndarray], drawn: tuple[np.ndarray, np.ndarray]
+    request: Request, logprobs_TK: np.ndarray, top: tuple[np.ndarray, np.ndarray], drawn: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     """Fields of the response from row t of each array, which speaks of prompt token t + 1."""
-    P = len(ask.prompt)
-    n, first = P - 1, P - min(ask.last_n, P - 1)
+    P = len(request.prompt)
+    n, first = P - 1, P - min(request.last_n, P - 1)
     fields: dict[str, Any] = {}
-    if ask.prompt_logprobs:
+    if request.prompt_logprobs:
         fields["prompt_logprobs_np"] = own = np.full(P, np.nan, np.float32)
         own[first:] = logprobs_TK[first - 1 : n, 0]
-    if ask.prompt_top:
-        ids = np.zeros((P, ask.prompt_top), np.int32)
-        values = np.full((P, ask.prompt_top), MASK_LOGPROB, np.float32)
-        ids[first:], values[first:] = (x[first - 1 : n, : ask.prompt_top] for x in top)
+    if request.prompt_top:
+        ids = np.zeros((P, request.prompt_top), np.int32)
+        values = np.full((P, request.prompt_top), MASK_LOGPROB, np.float32)
+        ids[first:], values[first:] = (x[first - 1 : n, : request.prompt_top] for x in top)
         fields["topk_prompt_logprobs_np"] = TopkLogprobs(ids, values)
-    if ask.targets is not None and ask.target_ids is not None:
-        begin, K = int(ask.prompt_logprobs), ask.target_ids.shape[1]
-        values = np.where(ask.target_ids < 0, np.float32(0), logprobs_TK[:n, begin : begin + K])
-        fields["target_prompt_logprobs"] = _same_layout(ask.targets, values)
-    if ask.alternatives:
-        ids, values = (x[:n, : ask.alternatives] for x in drawn)
+    if request.targets is not None and request.target_ids is not None:
+        begin, K = int(request.prompt_logprobs), request.target_ids.shape[1]
+        values = np.where(request.target_ids < 0, np.float32(0), logprobs_TK[:n, begin : begin + K])
+        fields["target_prompt_logprobs"] = _same_layout(request.targets, values)
+    if request.alternatives:
+        ids, values = (x[:n, : request.alternatives] for x in drawn)
         fields["prompt_alt_tokens"] = PromptAltTokens(
             TensorData.from_numpy(ids.astype(np.int64)), TensorData.from_numpy(values)
         )

@@ -1,4 +1,4 @@
-"""A sample request on its way: its sequences as they grow, and how its future ends."""
+"""The sequences of one sample request as they grow, and how its future is resolved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tinker_jax.lora import Adapter
-from tinker_jax.sampling.requests import Ask
+from tinker_jax.sampling.requests import Request
 from tinker_jax.sampling.scoring import PromptScores
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 from tinker_jax.types.sampling import SampledSequence, SampleResponse, TopkLogprobs
@@ -22,19 +22,19 @@ class Sequence:
     """One sample as it grows.
 
     Attributes:
-        job: the request.
+        group: the sequences of its request.
         index: number of the sample.
         drawn: ids drawn so far.
         parts: of each chunk the log-probabilities [n], top ids [n, k] and top log-probabilities [n, k].
         part: which part of the rows, and so which pool, it belongs to.
-        pages: that hold its keys and values, in order; empty while it has no place.
+        pages: that hold its keys and values, in order; empty while it does not run.
         computed: tokens whose keys and values are there.
         known: pages at the front whose content the pool was told.
         parent: in a key, what stands for the last of these; the weights while there is none.
-        order: number of the sequence, by the time it first got a place.
+        order: number of the sequence, by the time it was first admitted.
     """
 
-    job: Job
+    group: SequenceGroup
     index: int
     drawn: list[int] = field(default_factory=list)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -48,12 +48,12 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens so far, the prompt's among them."""
-        return len(self.job.ask.prompt) + len(self.drawn)
+        return len(self.group.request.prompt) + len(self.drawn)
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be drawn."""
-        return self.job.ask.max_tokens - len(self.drawn)
+        return self.group.request.max_tokens - len(self.drawn)
 
     @property
     def ready(self) -> bool:
@@ -62,7 +62,7 @@ class Sequence:
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """int32 ids from `start` to before `end`."""
-        prompt = self.job.ask.prompt
+        prompt = self.group.request.prompt
         if end <= len(prompt):
             return prompt[start:end]
         drawn = np.asarray(self.drawn[max(0, start - len(prompt)) : end - len(prompt)], np.int32)
@@ -70,24 +70,24 @@ class Sequence:
 
 
 @dataclass(eq=False)
-class Job:
-    """A request on its way.
+class SequenceGroup:
+    """A request and its samples.
 
     Attributes:
-        ask: what it wants.
+        request: as checked.
         weights: names the adapter's exact values.
         adapter: scaled, or None.
         future: cancelled by the user at any moment.
         top: compiled width of the likeliest tokens that are reported.
         sound: its adapter is known to be finite.
-        begun: number of samples that ever got a place.
+        begun: number of samples that were ever admitted.
         done: those that ended, by number.
         scores: numbers about the prompt, or None when none is asked for.
         scored: so many of the prompt's hidden states have been read, or need not be.
         hits: prompt tokens that the cache held when the prompt was first looked up.
     """
 
-    ask: Ask
+    request: Request
     weights: Hashable
     adapter: Adapter | None
     future: Future[SampleResponse]
@@ -107,7 +107,7 @@ class Job:
     @property
     def pending(self) -> int:
         """Samples that have not begun."""
-        return self.ask.num_samples - self.begun
+        return self.request.num_samples - self.begun
 
     def end(self, sequence: Sequence, length: int | None) -> None:
         """Ends a sequence, and with the last of them the request.
@@ -122,10 +122,10 @@ class Job:
             sequence_id=uuid.uuid4().hex,
             tokens_np=np.asarray(sequence.drawn[:length], np.int32),
             logprobs_np=logprobs,
-            topk_logprobs_np=TopkLogprobs(ids, values) if self.ask.sample_top else None,
+            topk_logprobs_np=TopkLogprobs(ids, values) if self.request.sample_top else None,
         )
-        if len(self.done) == self.ask.num_samples:
-            sequences = [self.done[i] for i in range(self.ask.num_samples)]
+        if len(self.done) == self.request.num_samples:
+            sequences = [self.done[i] for i in range(self.request.num_samples)]
             about_prompt = self.scores.fields() if self.scores else {}
             with contextlib.suppress(InvalidStateError):  # cancelled while the last chunk ran
                 self.future.set_result(SampleResponse(sequences=sequences, prompt_cache_hit_tokens=self.hits, **about_prompt))

@@ -16,7 +16,7 @@ def head_logits(
     h_MD: jax.Array,
     kernel_VD: jax.Array,
     lora: Mapping[str, jax.Array] | None = None,
-    lanes_MR: jax.Array | None = None,
+    slots_MR: jax.Array | None = None,
 ) -> jax.Array:
     """Logits `h @ kernel.T + (h @ a) @ b`, multiplied in `h`'s dtype, accumulated and returned in float32.
 
@@ -24,7 +24,7 @@ def head_logits(
         h_MD: hidden states `[M, D]`.
         kernel_VD: head in embedding orientation `[V, D]`. A dtype other than `h`'s is cast, which copies the head.
         lora: `{"a": [D, R], "b": [R, V]}` with the LoRA scale already inside `b`, or None.
-        lanes_MR: bool, which part of the rank axis belongs to each row's adapter; None: all of it.
+        slots_MR: bool, which part of the rank axis belongs to each row's adapter; None: all of it.
 
     Returns:
         `[M, V]` float32.
@@ -33,8 +33,8 @@ def head_logits(
     logits_MV = jnp.einsum("MD,VD->MV", h_MD, kernel_VD.astype(h_MD.dtype), **f32)
     if lora is not None:
         z_MR = jnp.einsum("MD,DR->MR", h_MD, lora["a"].astype(h_MD.dtype), **f32).astype(h_MD.dtype)
-        if lanes_MR is not None:
-            z_MR = jnp.where(lanes_MR, z_MR, 0)
+        if slots_MR is not None:
+            z_MR = jnp.where(slots_MR, z_MR, 0)
         logits_MV += jnp.einsum("MR,RV->MV", z_MR, lora["b"].astype(h_MD.dtype), **f32)
     return logits_MV
 
