@@ -139,7 +139,7 @@ def init_params(seed: int) -> dict[str, jax.Array]:
         elif w.module in ("o_proj", "down_proj"):
             params[w.name] = jnp.zeros(w.full_shape)
         else:
-            std = 0.02 if w.module == "embed" else w.shape[0] ** -0.5
+            std = 0.02 if w.module == "embed" else w.shape[-1] ** -0.5
             params[w.name] = std * jax.random.normal(key, w.full_shape)
     return params
 
@@ -168,7 +168,7 @@ def muon() -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised, scaled so that wide and tall matrices move alike."""
 
     def step(update: jax.Array) -> jax.Array:
-        fan_in, fan_out = update.shape[1:]
+        fan_out, fan_in = update.shape[1:]
         return orthogonalised(update) * max(1.0, fan_out / fan_in) ** 0.5
 
     return optax.chain(
@@ -256,7 +256,7 @@ def save(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, folde
     for w in weights(CFG):
         value = np.asarray(params[w.name].astype(jnp.bfloat16))
         for layer, matrix in enumerate(value if w.stacked else [value]):
-            tensors[w.hf.format(layer=layer)] = np.ascontiguousarray(matrix.T if w.transpose else matrix)
+            tensors[w.hf.format(layer=layer)] = np.ascontiguousarray(matrix)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # it travels in the package; safetensors writes 0600
     embedded_tokenizer.save(tokenizer, folder)

@@ -87,13 +87,10 @@ def base_params(family: str, tiny_model: transformers.PreTrainedModel) -> tuple:
     cfg = parse(tiny_model.config.to_dict())
     state = {name: tensor.detach().numpy() for name, tensor in tiny_model.state_dict().items()}
 
-    def read(weight, name):
-        return state[name].T if weight.transpose else state[name]
-
     params = {}
     for w in weights(cfg):
         if w.stacked:
-            params[w.name] = np.stack([read(w, w.hf.format(layer=i)) for i in range(w.stacked)])
+            params[w.name] = np.stack([state[w.hf.format(layer=i)] for i in range(w.stacked)])
         else:
-            params[w.name] = read(w, w.hf)
+            params[w.name] = state[w.hf]
     return cfg, params

@@ -32,11 +32,11 @@ def load(directory, dtype=jnp.float32, **kwargs):
 
 
 def assert_holds(params, table, tensors):
-    """`params` are the file's tensors, stacked and transposed as the table says."""
+    """`params` are the file's tensors, stacked as the table says."""
     assert list(params) == [weight.name for weight in table]
     for weight in table:
         names = [weight.hf.format(layer=i) for i in range(weight.stacked)] or [weight.hf]
-        each = [tensors[name].T if weight.transpose else tensors[name] for name in names]
+        each = [tensors[name] for name in names]
         expected = np.stack(each) if weight.stacked else each[0]
         np.testing.assert_array_equal(np.asarray(params[weight.name]), expected, err_msg=weight.name)
 
@@ -86,7 +86,7 @@ def test_weights_are_cut_over_the_mesh_as_asked(checkpoint):
     params = load(directory, shardings=shardings)
     for weight in table:
         assert params[weight.name].sharding.is_equivalent_to(shardings[weight.name], len(weight.full_shape)), weight.name
-    assert {s.data.shape for s in params["layers.q_proj.kernel"].addressable_shards} == {(3, 16, 24)}
+    assert {s.data.shape for s in params["layers.q_proj.kernel"].addressable_shards} == {(3, 24, 16)}
     assert {s.data.shape for s in params["lm_head.kernel"].addressable_shards} == {(150, 16)}
     assert_holds(params, table, load_file(directory / SINGLE_FILE))
 
@@ -96,7 +96,7 @@ def test_host_memory_stays_near_one_tensor(tmp_path):
     one = width * width * 4
     plans = [plan(f"layer.{i}.w", np.float32, (width, width)) for i in range(layers)]
     write(tmp_path / SINGLE_FILE, plans, (np.full((width, width), i, np.float32) for i in range(layers)))
-    table = [Weight("layers.w.kernel", "layer.{layer}.w", (width, width), (None, None), transpose=True, stacked=layers)]
+    table = [Weight("layers.w.kernel", "layer.{layer}.w", (width, width), (None, None), stacked=layers)]
     load_base(tmp_path, table, jnp.float32, progress=False)  # compiles; what tracing allocates is not the model
     tracemalloc.start()
     params = load_base(tmp_path, table, jnp.float32, progress=False)
@@ -111,7 +111,7 @@ def test_the_stacked_buffer_is_written_in_place():
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     buffer = _zeros((4, 8, 8), jnp.dtype("float32"), device)
-    _place(buffer, jnp.ones((8, 8)), 0, False, device)
+    _place(buffer, jnp.ones((8, 8)), 0, device)
     assert buffer.is_deleted()
 
 

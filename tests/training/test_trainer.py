@@ -273,8 +273,8 @@ def test_a_mesh_gives_the_losses_and_gradients_of_one_device(mesh, loss_fn):
 def test_parameters_are_really_sharded():
     run = trainer(mesh={"data": 2, "fsdp": 2, "tensor": 2})
     kernel = run._params["layers.q_proj.kernel"]
-    L, D, out = kernel.shape
-    assert kernel.addressable_shards[0].data.shape == (L, D // 2, out // 2)
+    L, out, D = kernel.shape
+    assert kernel.addressable_shards[0].data.shape == (L, out // 2, D // 2)
     state = run.new_adapter(LoraConfig(rank=4), 0)
     run.forward_backward(state, random_data([30]), "cross_entropy", None, backward=True)
     run.optim_step(state, AdamParams())

@@ -1,7 +1,7 @@
 """Hugging Face weights → the flat parameter dict, one tensor of one layer at a time.
 
-The host never holds more than the tensor just read: it is placed on the devices in its final sharding, and transposed, cast
-and written into the stacked weight there, in a donated buffer.
+The host never holds more than the tensor just read: it is placed on the devices in its final sharding, cast there and
+written into the stacked weight there, in a donated buffer.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def load_base(
                 entry = entries[name]
                 tensor = _to_devices(entry.read(), _file_sharding(weight, sharding))
                 if buffer is None:
-                    buffer = _convert(tensor, jnp.dtype(dtype), weight.transpose, sharding)
+                    buffer = _convert(tensor, jnp.dtype(dtype), sharding)
                 else:
-                    buffer = _place(buffer, tensor, layer, weight.transpose, sharding)
+                    buffer = _place(buffer, tensor, layer, sharding)
                 # Without this the host would run ahead and pile up tensors that wait for their transfer.
                 buffer.block_until_ready()
                 bar.update(entry.nbytes)
@@ -79,18 +79,13 @@ def hf_names(weight: Weight) -> list[str]:
     return [weight.hf.format(layer=layer) for layer in range(weight.stacked)] if weight.stacked else [weight.hf]
 
 
-def hf_shape(weight: Weight) -> tuple[int, ...]:
-    """Shape in the file of one of a weight's tensors."""
-    return weight.shape[::-1] if weight.transpose else weight.shape
-
-
 def check_names(directory: Path, entries: Mapping[str, TensorEntry], table: Sequence[Weight]) -> None:
     """Holds the file's tensors against the table, both ways.
 
     Raises:
         UnprocessableEntityError: a tensor is missing, unexpected, or of another shape.
     """
-    expected = {name: hf_shape(weight) for weight in table for name in hf_names(weight)}
+    expected = {name: weight.shape for weight in table for name in hf_names(weight)}
     if missing := [name for name in expected if name not in entries]:
         files = _listing({entry.file.name for entry in entries.values()})
         raise UnprocessableEntityError(
@@ -129,12 +124,11 @@ def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def _file_sharding(weight: Weight, sharding: Sharding) -> Sharding:
-    """Sharding of one tensor as the file holds it: the layer axis dropped, the matrix transposed."""
+    """Sharding of one tensor as the file holds it: the layer axis dropped."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     axes = list(sharding.spec) + [None] * (len(weight.full_shape) - len(sharding.spec))
-    axes = axes[1:] if weight.stacked else axes
-    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if weight.transpose else axes)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[1:] if weight.stacked else axes)))
 
 
 def _to_devices(tensor: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -145,13 +139,12 @@ def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> jax.
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _convert(tensor: jax.Array, dtype: jnp.dtype, transpose: bool, sharding: Sharding) -> jax.Array:
-    cast = (tensor.T if transpose else tensor).astype(dtype)
-    return jax.lax.with_sharding_constraint(cast, sharding)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _convert(tensor: jax.Array, dtype: jnp.dtype, sharding: Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(tensor.astype(dtype), sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _place(buffer: jax.Array, tensor: jax.Array, layer: int, transpose: bool, sharding: Sharding) -> jax.Array:
-    cast = (tensor.T if transpose else tensor).astype(buffer.dtype)
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _place(buffer: jax.Array, tensor: jax.Array, layer: int, sharding: Sharding) -> jax.Array:
+    cast = tensor.astype(buffer.dtype)
     return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(buffer, cast, layer, 0), sharding)

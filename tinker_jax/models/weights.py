@@ -19,7 +19,6 @@ class Weight:
         hf: Hugging Face name; `{layer}` stands for the layer's number when `stacked`.
         shape: shape in our layout, without the leading layer axis.
         axes: logical axis of each dimension of `shape` (see `tinker_jax.sharding.RULES`).
-        transpose: the file holds the transposed matrix.
         stacked: number of layers stacked on a leading axis, 0 for a weight outside the layers.
         lora: group that trains an adapter on it, or None.
     """
@@ -28,7 +27,6 @@ class Weight:
     hf: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    transpose: bool = False
     stacked: int = 0
     lora: LoraGroup | None = None
 
@@ -57,23 +55,23 @@ def weights(cfg: DecoderConfig) -> tuple[Weight, ...]:
 
     def linear(module: str, hf: str, shape: tuple[int, int], axes: tuple[str, str], lora: LoraGroup, bias: bool) -> None:
         prefix = f"model.layers.{{layer}}.{hf}.{module}"
-        table.append(Weight(f"layers.{module}.kernel", f"{prefix}.weight", shape, axes, True, cfg.L, lora))
+        table.append(Weight(f"layers.{module}.kernel", f"{prefix}.weight", shape, axes, stacked=cfg.L, lora=lora))
         if bias:
-            table.append(Weight(f"layers.{module}.bias", f"{prefix}.bias", shape[1:], axes[1:], stacked=cfg.L))
+            table.append(Weight(f"layers.{module}.bias", f"{prefix}.bias", shape[:1], axes[:1], stacked=cfg.L))
 
     q, kv = cfg.N * cfg.H, cfg.K * cfg.H
     norm("attn_norm", "input_layernorm", cfg.D)
-    linear("q_proj", "self_attn", (cfg.D, q), ("embed", "heads"), "attn", cfg.qkv_bias)
-    linear("k_proj", "self_attn", (cfg.D, kv), ("embed", "kv_heads"), "attn", cfg.qkv_bias)
-    linear("v_proj", "self_attn", (cfg.D, kv), ("embed", "kv_heads"), "attn", cfg.qkv_bias)
+    linear("q_proj", "self_attn", (q, cfg.D), ("heads", "embed"), "attn", cfg.qkv_bias)
+    linear("k_proj", "self_attn", (kv, cfg.D), ("kv_heads", "embed"), "attn", cfg.qkv_bias)
+    linear("v_proj", "self_attn", (kv, cfg.D), ("kv_heads", "embed"), "attn", cfg.qkv_bias)
     if cfg.qk_norm:
         norm("q_norm", "self_attn.q_norm", cfg.H)
         norm("k_norm", "self_attn.k_norm", cfg.H)
-    linear("o_proj", "self_attn", (q, cfg.D), ("heads", "embed"), "attn", False)
+    linear("o_proj", "self_attn", (cfg.D, q), ("embed", "heads"), "attn", False)
     norm("mlp_norm", "post_attention_layernorm", cfg.D)
-    linear("gate_proj", "mlp", (cfg.D, cfg.F), ("embed", "mlp"), "mlp", False)
-    linear("up_proj", "mlp", (cfg.D, cfg.F), ("embed", "mlp"), "mlp", False)
-    linear("down_proj", "mlp", (cfg.F, cfg.D), ("mlp", "embed"), "mlp", False)
+    linear("gate_proj", "mlp", (cfg.F, cfg.D), ("mlp", "embed"), "mlp", False)
+    linear("up_proj", "mlp", (cfg.F, cfg.D), ("mlp", "embed"), "mlp", False)
+    linear("down_proj", "mlp", (cfg.D, cfg.F), ("embed", "mlp"), "mlp", False)
     table.append(Weight("final_norm.scale", "model.norm.weight", (cfg.D,), (None,)))
     if not cfg.tied:
         table.append(Weight("lm_head.kernel", "lm_head.weight", (cfg.V, cfg.D), ("vocab", "embed"), lora="unembed"))
@@ -82,7 +80,7 @@ def weights(cfg: DecoderConfig) -> tuple[Weight, ...]:
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """A linear that an adapter can train: `y = x W + scale · (x a) b`, `a` [D_in, R], `b` [R, D_out]."""
+    """A linear that an adapter can train: `y = x Wᵀ + scale · (x a) b`, `a` [D_in, R], `b` [R, D_out]."""
 
     module: str
     group: LoraGroup
@@ -95,7 +93,7 @@ class LoraTarget:
 def lora_targets(cfg: DecoderConfig) -> tuple[LoraTarget, ...]:
     """Linears with a LoRA group; the unembedding is one even when it shares the embedding's matrix."""
     targets = [
-        LoraTarget(w.module, w.lora, w.shape[0], w.shape[1], (w.axes[0], w.axes[1]), w.stacked)
+        LoraTarget(w.module, w.lora, w.shape[1], w.shape[0], (w.axes[1], w.axes[0]), w.stacked)
         for w in weights(cfg)
         if w.lora in ("attn", "mlp")
     ]
