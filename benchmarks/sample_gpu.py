@@ -114,7 +114,7 @@ def ours(cfg: DecoderConfig, batches: Sequence[int], work: Work) -> Iterator[dic
         stop_ids=(),
         decode_text=lambda ids: "",
     )
-    adapter = lora.pad(lora.init(jax.random.key(0), lora_targets(cfg), RANK, GROUPS))
+    adapter = lora.pad(lora.init(0, lora_targets(cfg), RANK, GROUPS))
     adapter = jax.device_put(lora.scaled(adapter, lora.scale(RANK)), sharding.replicated(mesh))
     seeds = itertools.count()
 

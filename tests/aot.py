@@ -86,10 +86,10 @@ def lower_sampler(
     place = NamedSharding(mesh, runner._paged._pool_spec())
     pool = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(runner._empty))
     state = jax.tree.map(abstract, Rows.empty(rows, pages_for(cfg.context_length)))
-    chunk = jax.jit(runner._chunk, static_argnames="top", donate_argnums=2)
+    chunk = jax.jit(runner._model.decode_program, static_argnames="top", donate_argnums=2)
     ids, slots = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))
     table = jax.ShapeDtypeStruct((16, pages_for(cfg.context_length)), jnp.int32, sharding=everywhere)
-    prefill = jax.jit(runner._forward, donate_argnums=2)
+    prefill = jax.jit(runner._model.prefill_program, donate_argnums=2)
     pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
     split = parts * (1 if runner._paged._heads() is None else mesh.shape["tensor"])
     return (

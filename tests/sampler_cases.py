@@ -81,7 +81,7 @@ def small():
 def adapter(seed, rank=4, groups=("attn", "mlp", "unembed")):
     """A scaled adapter, far from zero."""
     _, cfg, _ = model()
-    tree = lora.init(jax.random.key(seed), lora_targets(cfg), rank, groups)
+    tree = lora.init(seed, lora_targets(cfg), rank, groups)
     leaves, shape = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(shape, [x + rng.normal(size=x.shape).astype(np.float32) * 0.1 for x in leaves])

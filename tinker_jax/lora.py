@@ -66,7 +66,7 @@ def pad(tree: Adapter) -> Adapter:
     def grow(x: jax.Array, axis: int) -> jax.Array:
         missing = bucket(x.shape[axis]) - x.shape[axis]
         widths = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
-        return jnp.pad(x, widths) if missing else x
+        return (np if isinstance(x, np.ndarray) else jnp).pad(x, widths) if missing else x
 
     return on_rank_axes(grow, tree)
 
@@ -112,19 +112,32 @@ def logical_axes(targets: Sequence[Target], groups: Sequence[str]) -> Adapter:
     return _build(targets, groups, axes)
 
 
-def init(key: jax.Array, targets: Sequence[Target], rank: int, groups: Sequence[str]) -> Adapter:
+def init(seed: int, targets: Sequence[Target], rank: int, groups: Sequence[str]) -> Adapter:
     """A fresh adapter: `a` uniform in ±1/√fan_in, `b` zero, so that the model starts as its base, bit for bit.
 
-    Each factor's key comes from its module's place in `targets`, so training fewer groups leaves the others' values alone.
+    Made on the host by Philox (Salmon et al., 2011), whose numbers are the same on every machine: nothing is compiled, and each
+    device takes its own part. Each factor's key holds its module's place in `targets`, so training fewer groups leaves the
+    others' values alone.
+
+    Args:
+        seed: modulo 2**64.
+        targets: of the model.
+        rank: of the adapter.
+        groups: that are trained.
+
+    Returns:
+        NumPy arrays, float32.
     """
     index = {t.module: i for i, t in enumerate(targets)}
 
-    def make(target: Target, factor: str) -> jax.Array:
+    def make(target: Target, factor: str) -> np.ndarray:
         shape = _shape(target, factor, rank)
         if factor == "b":
-            return jnp.zeros(shape, jnp.float32)
-        bound = 1.0 / math.sqrt(target.fan_in)
-        return jax.random.uniform(jax.random.fold_in(key, index[target.module]), shape, jnp.float32, -bound, bound)
+            return np.zeros(shape, np.float32)
+        count = math.prod(shape)
+        words = np.random.Philox(key=[seed % 2**64, index[target.module]]).random_raw(-(-count // 2)).view(np.uint32)[:count]
+        uniform = (words >> 8).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)  # 24 bits, in [-1, 1)
+        return (uniform / np.float32(math.sqrt(target.fan_in))).reshape(shape)
 
     return _build(targets, groups, make)
 

@@ -64,12 +64,12 @@ def adam_hyper(
 
 
 def init(adapter: Tree) -> dict[str, Any]:
-    """Fresh state for `adapter`: `{"mu": zeros like it, "nu": zeros like it, "count": int32 0}`, moments in float32."""
+    """Fresh state for `adapter`: `{"mu": zeros like it, "nu": zeros like it, "count": int32 0}`, moments in float32; NumPy."""
 
     def zeros() -> Tree:
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), adapter)
+        return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), adapter)
 
-    return {"mu": zeros(), "nu": zeros(), "count": jnp.zeros((), jnp.int32)}
+    return {"mu": zeros(), "nu": zeros(), "count": np.zeros((), np.int32)}
 
 
 def adamw(

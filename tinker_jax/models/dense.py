@@ -79,6 +79,29 @@ class Block(nnx.Module):
         (down_MD,) = linears(jax.nn.silu(gate_MF) * up_MF, "down_proj")
         return h_MD + down_MD
 
+    def extend(
+        self,
+        h_MD: jax.Array,
+        pages: Pages,
+        positions_RT: jax.Array,
+        tables_RW: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        lora: Mapping[str, Any],
+        slots_MR: jax.Array | None,
+        paged: PagedAttention,
+    ) -> tuple[jax.Array, Pages]:
+        """This layer's part of `Decoder.extend`; the tables name pages of this layer."""
+
+        def attend(q, k, v):
+            nonlocal pages
+            q, k, v = (x.reshape(*positions_RT.shape, -1, self.cfg.H) for x in (q, k, v))
+            pages = paged.write(pages, k, v, tables_RW, positions_RT)
+            out = paged.attend(pages, q, tables_RW, positions_RT, scale=self.cfg.H**-0.5)
+            return out.reshape(h_MD.shape[0], self.cfg.N, self.cfg.H)
+
+        h_MD = self(h_MD, rope, lora, attend, slots_MR)
+        return h_MD, pages
+
 
 class Decoder(nnx.Module):
     """The whole model up to the final norm; the unembedding belongs to whoever needs log-probabilities.
@@ -162,7 +185,7 @@ class Decoder(nnx.Module):
             lora: as in `forward`.
             slots_MR: bool [R·T, rank], as in `tinker_jax.lora.updates`; None: every token takes the whole adapter.
             paged: the attention over pages of this mesh.
-            layers: what `unstacked` made of `lora`; None scans the stacked ones. On CPU a scan copies each layer's weights.
+            layers: what `unstacked` made of `lora`; None scans the stacked ones.
 
         Returns:
             Hidden states after the final norm [R·T, D], and the pool, updated in place when donated.
@@ -172,18 +195,8 @@ class Decoder(nnx.Module):
         rope = rope_table(cfg.rope, cfg.H, positions_RT.reshape(M))
 
         def layer(carry, xs):
-            h_MD, pool = carry
             (block, factors), at = xs
-            tables = tables_RW + at * each
-
-            def attend(q, k, v):
-                nonlocal pool
-                q, k, v = (x.reshape(*tokens_RT.shape, -1, cfg.H) for x in (q, k, v))
-                pool = paged.write(pool, k, v, tables, positions_RT)
-                return paged.attend(pool, q, tables, positions_RT, scale=cfg.H**-0.5).reshape(M, cfg.N, cfg.H)
-
-            h_MD = block(h_MD, rope, factors, attend, slots_MR)
-            return (h_MD, pool), None
+            return block.extend(*carry, positions_RT, tables_RW + at * each, rope, factors, slots_MR, paged), None
 
         carry = self.embedding_VD[...][tokens_RT.reshape(M)], pages
         if layers is None:

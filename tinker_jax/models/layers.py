@@ -14,21 +14,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from tinker_jax import lora
+from tinker_jax.kernels.products import times_transposed
 from tinker_jax.models.config import Rope
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b, plus an adapter's update when one is given.
-
-    W [D_out, D_in], as files hold it: products of few tokens are a third faster on CPUs than with the transposed matrix.
-    """
+    """y = x Wᵀ + b, plus an adapter's update when one is given. W [D_out, D_in], as files hold it."""
 
     def __init__(self, kernel: jax.Array, bias: jax.Array | None = None) -> None:
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x_MD: jax.Array, update: jax.Array | None = None) -> jax.Array:
-        y = jax.lax.dot_general(x_MD, self.kernel[...], (((1,), (1,)), ((), ())))
+        y = times_transposed(x_MD, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...][None]
         if update is not None:

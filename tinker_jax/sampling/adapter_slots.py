@@ -52,6 +52,9 @@ class AdapterSlots:
 
     def finite(self, adapter: Adapter) -> bool:
         """Are all of an adapter's numbers finite? One that is not would reach the rows of others: 0 · nan is nan."""
+        leaves = jax.tree.leaves(adapter)
+        if all(device.platform == "cpu" for leaf in leaves for device in leaf.devices()):
+            return all(np.isfinite(leaf).all() for leaf in map(np.asarray, leaves))  # where they lie: nothing to compile
         return bool(self._finite(adapter, shape=describe(adapter)))
 
     def join(self, weights: Hashable, adapter: Adapter | None) -> None:
@@ -123,6 +126,11 @@ def describe(adapter: Adapter | None) -> str:
         return "base"
     modules = {**adapter.get("layers", {}), **({"lm_head": adapter["lm_head"]} if "lm_head" in adapter else {})}
     return f"rank {_rank(adapter)} on {'+'.join(sorted(modules))}"
+
+
+def adapter_rank(adapter: Adapter | None) -> int | None:
+    """Width of the adapter's rank axis; None for the bare base model."""
+    return _rank(adapter) if adapter else None
 
 
 def _rank(adapter: Mapping[str, Any]) -> int:

@@ -5,18 +5,12 @@ Letters as elsewhere: S rows of a decode batch, V vocabulary, W pages of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
-
-from tinker_jax.kernels.decode_attention import PagedAttention, Pages
-from tinker_jax.kernels.linear_cross_entropy import head_logits
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Decoder, Params, unembedding
 
 STOP_IDS = 8
 """Stop ids that the device checks for each row; a longer list is checked on the host after each chunk."""
@@ -195,49 +189,17 @@ def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.A
     return jnp.argmax(scores_SV, axis=-1).astype(jnp.int32), logp_SV
 
 
-def own_slots(slots_R2: jax.Array, adapter: Mapping[str, Any] | None) -> jax.Array | None:
+def own_slots(slots_R2: jax.Array, rank: int | None) -> jax.Array | None:
     """bool [R, rank], see `tinker_jax.lora.updates`; None without an adapter."""
-    if not adapter:
+    if rank is None:
         return None
-    rank = next(iter(jax.tree.leaves(adapter))).shape[-1]  # an `a`: they sort before any `b`
     column_1R = jnp.arange(rank, dtype=jnp.int32)[None]
     return (column_1R >= slots_R2[:, :1]) & (column_1R < slots_R2[:, 1:])
 
 
-def decode_chunk(
-    cfg: DecoderConfig,
-    params: Params,
-    adapter: Mapping[str, Any] | None,
-    pages: Pages,
-    rows: Rows,
-    *,
-    paged: PagedAttention,
-    unstack: bool,
-    steps: int,
-    top: int,
-) -> tuple[Pages, Drawn]:
-    """Up to `steps` tokens for every live row, without leaving the device; ends early when no row is live.
-
-    Args:
-        cfg: shape of the model.
-        params: base weights.
-        adapter: scaled adapters, side by side, or None.
-        pages: hold keys and values of each row's tokens before `rows.position`; the rows' tables have room for `steps` more.
-        rows: state and settings of the rows.
-        paged: the attention over pages.
-        unstack: copy each layer's weights out of the stack once, rather than at every step; on a CPU turn the head, too.
-        steps: most tokens a row draws.
-        top: how many of the likeliest tokens to report at each step.
-    """
-    decoder, kernel_DV = Decoder(cfg, params), unembedding(cfg, params).T
-    layers, head = decoder.unstacked(adapter) if unstack else None, (adapter or {}).get("lm_head")
-    if unstack and paged.mesh.devices.flat[0].platform == "cpu":
-        # XLA folds the transposition into the product: free on a GPU, while a CPU would make it at every step.
-        kernel_DV = jax.lax.optimization_barrier(kernel_DV)
-    rows = Rows(*(jnp.asarray(x) for x in rows))
-    S = rows.token.shape[0]
-    table, slots = rows.table, own_slots(rows.slots, adapter)
-    start = Drawn(
+def nothing_drawn(S: int, steps: int, top: int) -> Drawn:
+    """Room for what a chunk of `steps` decode steps draws."""
+    return Drawn(
         count=jnp.zeros((S,), jnp.int32),
         tokens=jnp.zeros((S, steps), jnp.int32),
         logprobs=jnp.zeros((S, steps), jnp.float32),
@@ -245,35 +207,36 @@ def decode_chunk(
         top_logprobs=jnp.zeros((S, steps, top), jnp.float32),
     )
 
-    def unfinished(carry):
-        step, _, rows, _ = carry
-        return (step < steps) & jnp.any(rows.live)
 
-    def one_step(carry):
-        step, pages, rows, drawn = carry
-        position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
-        token_S1 = rows.token[:, None]
-        h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, slots, paged=paged, layers=layers)
-        token_S, logp_SV = draw(head_logits(h_SD, kernel_DV.T, head, slots), rows, rows.position + 1)
+def advance(logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array) -> tuple[Rows, Drawn]:
+    """Draws each live row's next token.
+
+    Args:
+        logits_SV: float32.
+        rows: state and settings of the rows.
+        drawn: what the chunk drew so far.
+        step: int32, column of `drawn` that the tokens go to.
+
+    Returns:
+        The rows as they stand after it, those that are done no longer live, and what is drawn now.
+    """
+    token_S, logp_SV = draw(logits_SV, rows, rows.position + 1)
+    drawn = drawn._replace(
+        count=drawn.count + rows.live,
+        tokens=drawn.tokens.at[:, step].set(token_S),
+        logprobs=drawn.logprobs.at[:, step].set(jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]),
+    )
+    if top := drawn.top_ids.shape[-1]:
+        values, ids = jax.lax.top_k(logp_SV, top)
         drawn = drawn._replace(
-            count=drawn.count + rows.live,
-            tokens=drawn.tokens.at[:, step].set(token_S),
-            logprobs=drawn.logprobs.at[:, step].set(jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]),
+            top_ids=drawn.top_ids.at[:, step].set(ids), top_logprobs=drawn.top_logprobs.at[:, step].set(values)
         )
-        if top:
-            values, ids = jax.lax.top_k(logp_SV, top)
-            drawn = drawn._replace(
-                top_ids=drawn.top_ids.at[:, step].set(ids), top_logprobs=drawn.top_logprobs.at[:, step].set(values)
-            )
-        remaining_S = rows.remaining - rows.live
-        stopped_S = jnp.any(rows.stop_ids == token_S[:, None], axis=1)
-        rows = rows._replace(
-            token=jnp.where(rows.live, token_S, rows.token),
-            position=rows.position + rows.live,
-            remaining=remaining_S,
-            live=rows.live & ~stopped_S & (remaining_S > 0),
-        )
-        return step + 1, pages, rows, drawn
-
-    _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), pages, rows, start))
-    return pages, drawn
+    remaining_S = rows.remaining - rows.live
+    stopped_S = jnp.any(rows.stop_ids == token_S[:, None], axis=1)
+    rows = rows._replace(
+        token=jnp.where(rows.live, token_S, rows.token),
+        position=rows.position + rows.live,
+        remaining=remaining_S,
+        live=rows.live & ~stopped_S & (remaining_S > 0),
+    )
+    return rows, drawn

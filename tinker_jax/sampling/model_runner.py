@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tinker_jax.kernels.decode_attention import Pages, paged_attention_on
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Decoder
 from tinker_jax.programs import Program
-from tinker_jax.sampling.adapter_slots import describe
-from tinker_jax.sampling.drawing import Drawn, Rows, decode_chunk, own_slots
+from tinker_jax.sampling.drawing import Drawn, Rows
+from tinker_jax.sampling.layer_by_layer import LayerByLayer
+from tinker_jax.sampling.whole_model import WholeModel
 
 STEPS = 16
 """Most tokens a row draws between two visits of Python."""
@@ -53,19 +52,23 @@ class ModelRunner:
     def __init__(
         self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any, pages: int, unstack: bool
     ) -> None:
-        self._cfg, self._params, self._pages_each = cfg, params, pages
+        self._cfg, self._pages_each = cfg, pages
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
-        self._unstack = unstack
+        device = mesh.devices.flat[0]
+        self._by_layer = mesh.size == 1 and device.platform == "cpu" and device == jax.local_devices()[0]
+        self._model = (
+            LayerByLayer(cfg, params, self._paged, STEPS)
+            if self._by_layer
+            else WholeModel(cfg, params, self._paged, STEPS, unstack)
+        )
         self._pool: Pages | None = None
         self._make = Program(self._empty, "cache")
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
-        self._prefill = Program(self._forward, "prefill", donate=[2])
-        self._decode = Program(self._chunk, "decode", static=["top"], donate=[2])
 
     @property
     def programs(self) -> int:
         """Number of compiled programs."""
-        return sum(p.count for p in (self._make, self._copy, self._prefill, self._decode))
+        return self._make.count + self._copy.count + self._model.programs
 
     @property
     def _pages(self) -> Pages:
@@ -92,8 +95,7 @@ class ModelRunner:
                 n = len(chunk.tokens)
                 tokens[r, :n], positions[r, :n] = chunk.tokens, np.arange(chunk.start, chunk.start + n)
                 tables[r], slots[r] = chunk.table, chunk.slot
-        shape = f"{R}x{T} {describe(adapter)}"
-        h_RTD, self._pool = self._prefill(self._params, adapter, self._pages, tokens, positions, tables, slots, shape=shape)
+        h_RTD, self._pool = self._model.prefill(adapter, self._pages, tokens, positions, tables, slots)
         return h_RTD
 
     def decode(self, adapter: Adapter | None, rows: Rows, top: int) -> Drawn:
@@ -104,8 +106,7 @@ class ModelRunner:
             rows: the rows; their tables have room for `STEPS` tokens more.
             top: how many of the likeliest tokens to report with each.
         """
-        shape = f"{rows.token.size} {describe(adapter)}"
-        self._pool, drawn = self._decode(self._params, adapter, self._pages, rows, top=top, shape=shape)
+        self._pool, drawn = self._model.decode(adapter, self._pages, rows, top)
         return jax.device_get(drawn)
 
     def copy(self, pairs: Sequence[tuple[int, int, int]]) -> None:
@@ -118,19 +119,9 @@ class ModelRunner:
             self._pool = self._copy(self._pages, ids.reshape(2, -1), shape="")
 
     def _empty(self) -> Pages:
-        return self._paged.empty(self._pages_each * self._cfg.L)
-
-    def _forward(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2):
-        R, T = tokens_RT.shape
-        decoder, slots = Decoder(self._cfg, params), own_slots(slots_R2, adapter)
-        slots_MR = None if slots is None else jnp.repeat(slots, T, axis=0)
-        h_MD, pages = decoder.extend(tokens_RT, positions_RT, tables_RW, pages, adapter, slots_MR, paged=self._paged)
-        return h_MD.reshape(R, T, -1), pages
-
-    def _chunk(self, params, adapter, pages, rows, *, top):
-        return decode_chunk(
-            self._cfg, params, adapter, pages, rows, paged=self._paged, unstack=self._unstack, steps=STEPS, top=top
-        )
+        pages = self._pages_each * self._cfg.L
+        # Committed to no device, like everything else that these programs take: else each would be compiled twice.
+        return self._paged.backend.empty(pages, self._cfg.K) if self._by_layer else self._paged.empty(pages)
 
 
 def _copy_pages(pages: Pages, ids_2N: jax.Array) -> Pages:

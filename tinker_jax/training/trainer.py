@@ -114,8 +114,7 @@ class Trainer:
 
     def new_adapter(self, lora: LoraConfig, seed: int) -> AdapterState:
         """A fresh adapter; equal seeds give equal values on every mesh."""
-        key = jax.random.key(seed % 2**32)
-        return self.place(lora, lora_lib.init(key, self._targets, lora.rank, groups(lora)), None)
+        return self.place(lora, lora_lib.init(seed, self._targets, lora.rank, groups(lora)), None)
 
     def place(self, lora: LoraConfig, params: lora_lib.Adapter, opt: dict[str, Any] | None) -> AdapterState:
         """Readies an adapter of its own rank, with its optimiser state or a fresh one, for training."""
@@ -155,6 +154,9 @@ class Trainer:
             most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
         )
         widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
+        if backward:  # its program will be there when it is asked for
+            hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
+            self._update.prepare(state.params, state.params, state.opt, hyper, shape=_adapter_shape(state.lora))
         with out_of_memory(plan, widest, least):
             outputs, grads = self._dispatch(state, batches, loss_fn, values, backward)
             if backward and state.grads is not None:

@@ -17,7 +17,7 @@ from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
 
 _LOWEST = -1e30  # of a query that has seen nothing yet; finite, as -inf - -inf is NaN
 _SPAN = 8  # pages of every row that are put together at a time
-_AT_ONCE = 16  # pages gathered at a time, fewer for many queries: what is being worked on stays in a CPU's cache
+_AT_ONCE = 16  # pages gathered at a time, fewer for many queries, whose work shall stay in a CPU's cache, and for few rows
 
 
 def worklist_attend(
@@ -34,7 +34,7 @@ def worklist_attend(
     R, T, N, H = q_RTNH.shape
     K = pages.k.shape[1]
     G = N // K
-    few = max(1, min(_AT_ONCE, 16 * _AT_ONCE // T))
+    few = max(1, min(_AT_ONCE, 2 * R, 16 * _AT_ONCE // T))
     most = (-(-R * _SPAN // few) + 1) * few
     q_RKGTH = q_RTNH.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4)
     end_R = jnp.max(positions_RT, axis=1) // PAGE + 1

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from tinker_jax.kernels.products import times_transposed
+
 
 def head_logits(
     h_MD: jax.Array,
@@ -30,7 +32,7 @@ def head_logits(
         `[M, V]` float32.
     """
     f32 = {"preferred_element_type": jnp.float32}
-    logits_MV = jnp.einsum("MD,VD->MV", h_MD, kernel_VD.astype(h_MD.dtype), **f32)
+    logits_MV = times_transposed(h_MD, kernel_VD.astype(h_MD.dtype), jnp.float32)
     if lora is not None:
         z_MR = jnp.einsum("MD,DR->MR", h_MD, lora["a"].astype(h_MD.dtype), **f32).astype(h_MD.dtype)
         if slots_MR is not None:

@@ -1,0 +1,196 @@
+"""The sampler's programs on a CPU: one for a layer, called for all of them in turn.
+
+Weights are read where they lie. A program over the whole model either copies a layer's weights out of their stack at every step
+or holds a second copy of all, and takes longer to compile the deeper the model is; here a program is the same at any depth, and
+its weights are views of the stack. Calling it takes about 0.03 ms, most of it while the layer before is at work.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinker_jax.kernels.decode_attention import PagedAttention, Pages
+from tinker_jax.kernels.linear_cross_entropy import head_logits
+from tinker_jax.lora import Adapter
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Block, Params, unembedding
+from tinker_jax.models.layers import RMSNorm, rope_table
+from tinker_jax.programs import Program
+from tinker_jax.sampling.adapter_slots import adapter_rank, describe
+from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
+
+
+class Batch(NamedTuple):
+    """What every layer needs to know of the tokens at work, M = R·T of them.
+
+    Attributes:
+        positions: int32 [R, T], -1 for padding.
+        tables: int32 [R, W], pages of each row in the first layer.
+        rope: cos and sin [M, H/2].
+        slots: bool [M, rank] or None, see `tinker_jax.lora.updates`.
+    """
+
+    positions: Any
+    tables: Any
+    rope: Any
+    slots: Any
+
+
+class LayerByLayer:
+    """Programs of one device whose memory the host can read.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights, on JAX's default device.
+        paged: the attention over pages of the mesh.
+        steps: most tokens a row draws in a chunk.
+    """
+
+    def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int) -> None:
+        self._cfg, self._paged, self._steps = cfg, paged, steps
+        in_layers = {name: x for name, x in params.items() if name.startswith("layers.")}
+        self._layers = self._views(in_layers)
+        self._ends = jax.device_put({name: np.asarray(x) for name, x in params.items() if name not in in_layers})
+        self._numbers = [jax.device_put(np.int32(at)) for at in range(max(cfg.L, steps))]
+        self._adapter: Adapter | None = None
+        self._no_factors = self._factors = [{} for _ in range(cfg.L)]
+        self._head: Any = None
+        self._embed = Program(self._embed_tokens, "embedding", static=["rank"])
+        self._layer = Program(self._run_layer, "layer", donate=[3, 4])
+        self._norm = Program(self._normed, "final norm")
+        self._begin = Program(self._begin_chunk, "decode start", static=["rank", "top"])
+        self._draw = Program(self._draw_tokens, "draw", donate=[3, 4, 5])
+
+    @property
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return sum(p.count for p in (self._embed, self._layer, self._norm, self._begin, self._draw))
+
+    def prefill(
+        self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
+    ) -> tuple[jax.Array, Pages]:
+        """Hidden states [R, T, D], and the pool, which is donated."""
+        self.prepare_prefill(adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2)
+        name = _name(tokens_RT.shape, adapter)
+        h_MD, batch = self._embed(
+            self._ends, tokens_RT, positions_RT, tables_RW, slots_R2, rank=adapter_rank(adapter), shape=name
+        )
+        h_MD, pages = self._all_layers(h_MD, pages, batch, name)
+        return self._norm(self._ends, h_MD, batch.positions, shape=name), pages
+
+    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> tuple[Pages, Drawn]:
+        """Up to `steps` tokens for every live row; the pool is donated. Ends early when no row is live."""
+        self.prepare_decode(adapter, pages, rows, top)
+        name = _name((rows.token.size, 1), adapter)
+        longest, before = int(np.max(rows.remaining, where=rows.live, initial=1)), None
+        h_SD, batch, rows, drawn = self._begin(self._ends, rows, rank=adapter_rank(adapter), top=top, shape=name)
+        for step in self._numbers[: min(longest, self._steps)]:
+            h_SD, pages = self._all_layers(h_SD, pages, batch, name)
+            live, h_SD, batch, rows, drawn = self._draw(
+                self._ends, self._head, h_SD, batch, rows, drawn, step, shape=f"{name} top {top}"
+            )
+            if before is not None and not before:  # of the step before, so that the device always has the next one to do
+                break
+            before = live
+        return pages, drawn
+
+    def prepare_prefill(
+        self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
+    ) -> None:
+        """Has what a prefill of this shape needs compiled on other threads; takes numpy arrays or `ShapeDtypeStruct`s."""
+        self._use(adapter)
+        name, args = _name(tokens_RT.shape, adapter), (self._ends, tokens_RT, positions_RT, tables_RW, slots_R2)
+        if all(program.is_ready(name) for program in (self._layer, self._norm)):
+            return
+        rank = adapter_rank(adapter)
+        h_MD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), *args)
+        self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_MD, pages, batch, shape=name)
+        self._embed.prepare(*args, rank=rank, shape=name)
+        self._norm.prepare(self._ends, h_MD, batch.positions, shape=name)
+
+    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Any, top: int) -> None:
+        """Has what decoding such rows needs compiled on other threads; takes numpy arrays or `ShapeDtypeStruct`s."""
+        self._use(adapter)
+        S = rows.token.shape[0]
+        if self.is_ready(S, adapter, top):
+            return
+        name, rank = _name((S, 1), adapter), adapter_rank(adapter)
+        begin = functools.partial(self._begin_chunk, rank=rank, top=top)
+        h_SD, batch, rows_now, drawn = jax.eval_shape(begin, self._ends, rows)
+        self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
+        args = self._ends, self._head, h_SD, batch, rows_now, drawn, self._numbers[0]
+        self._draw.prepare(*args, shape=f"{name} top {top}")
+        self._begin.prepare(self._ends, rows, rank=rank, top=top, shape=name)
+
+    def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
+        """Are the programs compiled that decode S rows?"""
+        name = _name((S, 1), adapter)
+        begin = self._begin.is_ready(name, rank=adapter_rank(adapter), top=top)
+        return begin and self._layer.is_ready(name) and self._draw.is_ready(f"{name} top {top}")
+
+    # -- weights ---------------------------------------------------------------------------------------------------------
+
+    def _views(self, stacked: Any) -> list[Any]:
+        """Each layer of stacked arrays, no copies as long as it begins where XLA can read it: at a multiple of 64 bytes."""
+        host = jax.tree.map(np.asarray, stacked)
+        return [jax.device_put(jax.tree.map(lambda x, at=at: x[at], host)) for at in range(self._cfg.L)]
+
+    def _use(self, adapter: Adapter | None) -> None:
+        if adapter is self._adapter:
+            return
+        layers, head = (adapter or {}).get("layers"), (adapter or {}).get("lm_head")
+        self._factors = self._views(layers) if layers else self._no_factors
+        self._head = head and jax.device_put(jax.tree.map(np.asarray, head))
+        self._adapter = adapter
+
+    # -- programs --------------------------------------------------------------------------------------------------------
+
+    def _all_layers(self, h_MD: jax.Array, pages: Pages, batch: Batch, name: str) -> tuple[jax.Array, Pages]:
+        for params, factors, at in zip(self._layers, self._factors, self._numbers, strict=False):
+            h_MD, pages = self._layer(params, factors, at, h_MD, pages, batch, shape=name)
+        return h_MD, pages
+
+    def _embed_tokens(self, ends, tokens_RT, positions_RT, tables_RW, slots_R2, *, rank):
+        T = tokens_RT.shape[1]
+        slots = own_slots(slots_R2, rank)
+        slots_MR = None if slots is None else jnp.repeat(slots, T, axis=0)
+        positions_RT, tables_RW = jnp.asarray(positions_RT), jnp.asarray(tables_RW)
+        h_MD = ends["embed.embedding"][tokens_RT.reshape(-1)]
+        return h_MD, Batch(positions_RT, tables_RW, self._rope(positions_RT), slots_MR)
+
+    def _rope(self, positions_RT):
+        return rope_table(self._cfg.rope, self._cfg.H, positions_RT.reshape(-1))
+
+    def _run_layer(self, params, factors, at, h_MD, pages, batch):
+        tables = batch.tables + at * (self._paged.pages(pages) // self._cfg.L)
+        block = Block(self._cfg, params)
+        return block.extend(h_MD, pages, batch.positions, tables, batch.rope, factors, batch.slots, self._paged)
+
+    def _final_norm(self, ends, h_MD):
+        return RMSNorm(ends["final_norm.scale"], self._cfg.norm_eps)(h_MD)
+
+    def _normed(self, ends, h_MD, positions_RT):
+        return self._final_norm(ends, h_MD).reshape(*positions_RT.shape, -1)
+
+    def _begin_chunk(self, ends, rows, *, rank, top):
+        rows = Rows(*(jnp.asarray(x) for x in rows))
+        position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
+        h_SD, batch = self._embed_tokens(ends, rows.token[:, None], position_S1, rows.table, rows.slots, rank=rank)
+        return h_SD, batch, rows, nothing_drawn(rows.token.shape[0], self._steps, top)
+
+    def _draw_tokens(self, ends, head, h_SD, batch, rows, drawn, step):
+        """One token for every live row; (is any row still live, the new tokens' embeddings, what layers need of them, …)."""
+        logits_SV = head_logits(self._final_norm(ends, h_SD), unembedding(self._cfg, ends), head, batch.slots)
+        rows, drawn = advance(logits_SV, rows, drawn, step)
+        position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
+        batch = batch._replace(positions=position_S1, rope=self._rope(position_S1))
+        return jnp.any(rows.live), ends["embed.embedding"][rows.token], batch, rows, drawn
+
+
+def _name(shape: tuple[int, ...], adapter: Adapter | None) -> str:
+    return f"{'x'.join(map(str, shape))} {describe(adapter)}"

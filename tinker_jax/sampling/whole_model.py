@@ -1,0 +1,79 @@
+"""The sampler's programs where one covers the whole model: on accelerators, and on meshes of several devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tinker_jax.kernels.decode_attention import PagedAttention, Pages
+from tinker_jax.kernels.linear_cross_entropy import head_logits
+from tinker_jax.lora import Adapter
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Decoder, Params, unembedding
+from tinker_jax.programs import Program
+from tinker_jax.sampling.adapter_slots import adapter_rank, describe
+from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
+
+
+class WholeModel:
+    """Prefill is one program, and so is a chunk of decode steps, which never leaves the device.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights, placed on the mesh. They are arguments of every program, never constants in one.
+        paged: the attention over pages of the mesh.
+        steps: most tokens a row draws in a chunk.
+        unstack: cut each layer's weights out of the stack once a chunk, see `tinker_jax.memory.plan`.
+    """
+
+    def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int, unstack: bool) -> None:
+        self._cfg, self._params, self._paged, self._steps, self._unstack = cfg, params, paged, steps, unstack
+        self._prefill = Program(self.prefill_program, "prefill", donate=[2])
+        self._decode = Program(self.decode_program, "decode", static=["top"], donate=[2])
+
+    @property
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return self._prefill.count + self._decode.count
+
+    def prefill(
+        self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
+    ) -> tuple[jax.Array, Pages]:
+        """Hidden states [R, T, D], and the pool, which is donated."""
+        shape = f"{'x'.join(map(str, tokens_RT.shape))} {describe(adapter)}"
+        return self._prefill(self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2, shape=shape)
+
+    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> tuple[Pages, Drawn]:
+        """Up to `steps` tokens for every live row; the pool is donated."""
+        return self._decode(self._params, adapter, pages, rows, top=top, shape=f"{rows.token.size} {describe(adapter)}")
+
+    def prefill_program(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2):
+        R, T = tokens_RT.shape
+        decoder, slots = Decoder(self._cfg, params), own_slots(slots_R2, adapter_rank(adapter))
+        slots_MR = None if slots is None else jnp.repeat(slots, T, axis=0)
+        h_MD, pages = decoder.extend(tokens_RT, positions_RT, tables_RW, pages, adapter, slots_MR, paged=self._paged)
+        return h_MD.reshape(R, T, -1), pages
+
+    def decode_program(self, params, adapter, pages, rows, *, top):
+        """Ends early when no row is live."""
+        decoder, kernel_VD = Decoder(self._cfg, params), unembedding(self._cfg, params)
+        layers, head = decoder.unstacked(adapter) if self._unstack else None, (adapter or {}).get("lm_head")
+        rows = Rows(*(jnp.asarray(x) for x in rows))
+        table, slots = rows.table, own_slots(rows.slots, adapter_rank(adapter))
+
+        def unfinished(carry):
+            step, _, rows, _ = carry
+            return (step < self._steps) & jnp.any(rows.live)
+
+        def one_step(carry):
+            step, pages, rows, drawn = carry
+            position_S1, token_S1 = jnp.where(rows.live, rows.position, -1)[:, None], rows.token[:, None]
+            h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, slots, paged=self._paged, layers=layers)
+            rows, drawn = advance(head_logits(h_SD, kernel_VD, head, slots), rows, drawn, step)
+            return step + 1, pages, rows, drawn
+
+        start = jnp.int32(0), pages, rows, nothing_drawn(rows.token.shape[0], self._steps, top)
+        _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, start)
+        return pages, drawn
