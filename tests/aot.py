@@ -13,7 +13,7 @@ from tinker_jax.models.config import DecoderConfig, Rope
 from tinker_jax.models.weights import weights
 from tinker_jax.sampling.drawing import Rows
 from tinker_jax.sampling.model_runner import ModelRunner
-from tinker_jax.sampling.scheduler import pages_for
+from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.training import trainer
 from tinker_jax.training.packing import pack
 from tinker_jax.types import LoraConfig

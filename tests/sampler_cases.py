@@ -16,8 +16,8 @@ import torch
 from tinker_jax import lora, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.sampler import Sampler
-from tinker_jax.sampling.scheduler import pages_for
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams
 
 CONTEXT = 330  # a multiple of neither pages nor chunks
@@ -84,7 +84,7 @@ def adapter(seed, rank=4, groups=("attn", "mlp", "unembed")):
     tree = lora.init(seed, lora_targets(cfg), rank, groups)
     leaves, shape = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(shape, [x + rng.normal(size=x.shape).astype(np.float32) * 0.1 for x in leaves])
+    return jax.tree.unflatten(shape, [jnp.asarray(x + rng.normal(size=x.shape).astype(np.float32) * 0.1) for x in leaves])
 
 
 def placed(sampler, tree):
@@ -194,5 +194,5 @@ def same(a, b, atol=1e-5):
 def spy(monkeypatch, target, name):
     """Positional arguments of each call of a method, which goes on as before."""
     calls, method = [], getattr(target, name)
-    monkeypatch.setattr(target, name, lambda *args: calls.append(args) or method(*args))
+    monkeypatch.setattr(target, name, lambda *args, **options: calls.append(args) or method(*args, **options))
     return calls

@@ -79,7 +79,7 @@ class Program:
         """
         new, future = self._claim(_key(shape, static))
         if new:
-            _compilers.submit(self._compile, future, args, shape, static, _precision())
+            _compilers.submit(self._compile, future, jax.tree.map(_abstract, args), shape, static, _precision())
         return future
 
     def is_ready(self, shape: str, **static: Any) -> bool:
@@ -128,6 +128,13 @@ class Program:
 _compilers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="tinker_jax-compiler")
 _announcements: list[str] = []
 _announcing = threading.Lock()
+
+
+def _abstract(x: Any) -> Any:
+    """What an argument tells a compiler, without its memory."""
+    if not isinstance(x, jax.Array):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None, weak_type=x.weak_type)
 
 
 def _key(shape: str, static: dict[str, Any]) -> Any:

@@ -29,7 +29,7 @@ def effect(tree, span, x_MD, module="q_proj"):
     """What the rows of a span add to a linear of the first layer."""
     if module not in tree["layers"]:
         return jnp.zeros(())
-    mask = own_slots(jnp.asarray([span]), tree)
+    mask = own_slots(jnp.asarray([span]), width(tree))
     own = jax.tree.map(lambda factor: factor[0], tree["layers"][module])
     (update,) = lora.updates(x_MD, [own], jnp.broadcast_to(mask, (x_MD.shape[0], mask.shape[1])))
     return update

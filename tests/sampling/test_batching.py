@@ -251,7 +251,7 @@ def test_a_failing_program_fails_what_it_served_and_the_others_come_back(sampler
     waiting = submit(sampler, requests[2], name)
     with monkeypatch.context() as patch:
 
-        def explode(*_):
+        def explode(*_, **__):
             patch.undo()
             raise RuntimeError("out of device memory")
 

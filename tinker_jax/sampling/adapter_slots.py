@@ -128,6 +128,11 @@ def describe(adapter: Adapter | None) -> str:
     return f"rank {_rank(adapter)} on {'+'.join(sorted(modules))}"
 
 
+def batch_name(shape: tuple[int, ...], adapter: Adapter | None) -> str:
+    """Names the shapes of a batch of tokens under such an adapter."""
+    return f"{'x'.join(map(str, shape))} {describe(adapter)}"
+
+
 def adapter_rank(adapter: Adapter | None) -> int | None:
     """Width of the adapter's rank axis; None for the bare base model."""
     return _rank(adapter) if adapter else None

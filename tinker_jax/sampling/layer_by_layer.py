@@ -21,7 +21,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Block, Params, unembedding
 from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program
-from tinker_jax.sampling.adapter_slots import adapter_rank, describe
+from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
 
 
@@ -76,7 +76,7 @@ class LayerByLayer:
     ) -> tuple[jax.Array, Pages]:
         """Hidden states [R, T, D], and the pool, which is donated."""
         self.prepare_prefill(adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2)
-        name = _name(tokens_RT.shape, adapter)
+        name = batch_name(tokens_RT.shape, adapter)
         h_MD, batch = self._embed(
             self._ends, tokens_RT, positions_RT, tables_RW, slots_R2, rank=adapter_rank(adapter), shape=name
         )
@@ -86,7 +86,7 @@ class LayerByLayer:
     def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> tuple[Pages, Drawn]:
         """Up to `steps` tokens for every live row; the pool is donated. Ends early when no row is live."""
         self.prepare_decode(adapter, pages, rows, top)
-        name = _name((rows.token.size, 1), adapter)
+        name = batch_name((rows.token.size, 1), adapter)
         longest, before = int(np.max(rows.remaining, where=rows.live, initial=1)), None
         h_SD, batch, rows, drawn = self._begin(self._ends, rows, rank=adapter_rank(adapter), top=top, shape=name)
         for step in self._numbers[: min(longest, self._steps)]:
@@ -104,7 +104,7 @@ class LayerByLayer:
     ) -> None:
         """Has what a prefill of this shape needs compiled on other threads; takes numpy arrays or `ShapeDtypeStruct`s."""
         self._use(adapter)
-        name, args = _name(tokens_RT.shape, adapter), (self._ends, tokens_RT, positions_RT, tables_RW, slots_R2)
+        name, args = batch_name(tokens_RT.shape, adapter), (self._ends, tokens_RT, positions_RT, tables_RW, slots_R2)
         if all(program.is_ready(name) for program in (self._layer, self._norm)):
             return
         rank = adapter_rank(adapter)
@@ -119,7 +119,7 @@ class LayerByLayer:
         S = rows.token.shape[0]
         if self.is_ready(S, adapter, top):
             return
-        name, rank = _name((S, 1), adapter), adapter_rank(adapter)
+        name, rank = batch_name((S, 1), adapter), adapter_rank(adapter)
         begin = functools.partial(self._begin_chunk, rank=rank, top=top)
         h_SD, batch, rows_now, drawn = jax.eval_shape(begin, self._ends, rows)
         self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
@@ -129,7 +129,7 @@ class LayerByLayer:
 
     def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
         """Are the programs compiled that decode S rows?"""
-        name = _name((S, 1), adapter)
+        name = batch_name((S, 1), adapter)
         begin = self._begin.is_ready(name, rank=adapter_rank(adapter), top=top)
         return begin and self._layer.is_ready(name) and self._draw.is_ready(f"{name} top {top}")
 
@@ -190,7 +190,3 @@ class LayerByLayer:
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
         batch = batch._replace(positions=position_S1, rope=self._rope(position_S1))
         return jnp.any(rows.live), ends["embed.embedding"][rows.token], batch, rows, drawn
-
-
-def _name(shape: tuple[int, ...], adapter: Adapter | None) -> str:
-    return f"{'x'.join(map(str, shape))} {describe(adapter)}"

@@ -19,12 +19,14 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.programs import Program
 from tinker_jax.sampling.drawing import Drawn, Rows
 from tinker_jax.sampling.layer_by_layer import LayerByLayer
+from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
 
 STEPS = 16
 """Most tokens a row draws between two visits of Python."""
 
 _COPIES = 16  # pages copied by one call
+_LARGER = 4  # a batch may have so many times the rows that it needs, rather than wait for a compiler
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ModelRunner:
         self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any, pages: int, unstack: bool
     ) -> None:
         self._cfg, self._pages_each = cfg, pages
+        self._width = pages_for(cfg.context_length)
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
         device = mesh.devices.flat[0]
         self._by_layer = mesh.size == 1 and device.platform == "cpu" and device == jax.local_devices()[0]
@@ -81,8 +84,39 @@ class ModelRunner:
         """Gives the memory back."""
         self._pool = None
 
-    def prefill(self, adapter: Adapter | None, chunks: Sequence[Chunk | None], T: int) -> jax.Array:
+    def size_to_use(self, sizes: Sequence[int], adapter: Adapter | None, top: int) -> int:
+        """How many rows to decode.
+
+        Args:
+            sizes: that would do, rising.
+            adapter: as in `decode`.
+            top: as in `decode`.
+
+        Returns:
+            The first, unless its programs are not there and those of one at most `_LARGER` times as large are: then that one,
+            while the programs of the first are compiled on another thread.
+        """
+        if self._model.is_ready(sizes[0], adapter, top):
+            return sizes[0]
+        for size in sizes[1:]:
+            if size <= _LARGER * sizes[0] and self._model.is_ready(size, adapter, top):
+                self._prepare_decode(sizes[0], adapter, top)
+                return size
+        return sizes[0]
+
+    def _prepare_decode(self, size: int, adapter: Adapter | None, top: int) -> None:
+        self._model.prepare_decode(adapter, self._pages, Rows.empty(size, self._width), top)
+
+    def prefill(
+        self, adapter: Adapter | None, chunks: Sequence[Chunk | None], T: int, then: tuple[Sequence[int], int] | None = None
+    ) -> jax.Array:
         """Writes keys and values of each row's chunk; rows of the same sequence see each other's.
+
+        Args:
+            adapter: scaled adapters, side by side, or None.
+            chunks: of each row; None is filler.
+            T: tokens of a row.
+            then: `sizes` and `top` of the decoding that will follow: what it lacks is compiled meanwhile.
 
         Returns:
             Hidden states [R, T, D]; what stands for None, or behind the end of a chunk, is filler.
@@ -95,7 +129,12 @@ class ModelRunner:
                 n = len(chunk.tokens)
                 tokens[r, :n], positions[r, :n] = chunk.tokens, np.arange(chunk.start, chunk.start + n)
                 tables[r], slots[r] = chunk.table, chunk.slot
-        h_RTD, self._pool = self._model.prefill(adapter, self._pages, tokens, positions, tables, slots)
+        batch = tokens, positions, tables, slots
+        self._model.prepare_prefill(adapter, self._pages, *batch)
+        if then:
+            sizes, top = then
+            self._prepare_decode(self.size_to_use(sizes, adapter, top), adapter, top)
+        h_RTD, self._pool = self._model.prefill(adapter, self._pages, *batch)
         return h_RTD
 
     def decode(self, adapter: Adapter | None, rows: Rows, top: int) -> Drawn:

@@ -12,8 +12,15 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from tinker_jax.kernels.decode_attention import PAGE
+
 #: What a page holds: (identity of the page before it, or the weights in front of the first one; its tokens).
 Key = tuple[Hashable, bytes]
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE)
 
 
 class PagePool:

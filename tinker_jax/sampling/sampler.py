@@ -27,8 +27,9 @@ from tinker_jax.memory import token_bytes
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.sampling.drawing import Drawn, Rows
 from tinker_jax.sampling.model_runner import Chunk, ModelRunner
+from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.requests import Request, parse
-from tinker_jax.sampling.scheduler import Scheduler, pages_for
+from tinker_jax.sampling.scheduler import Scheduler
 from tinker_jax.sampling.scoring import PromptScores, Scorer, needs, width
 from tinker_jax.sampling.sequence import Sequence, SequenceGroup
 from tinker_jax.sampling.stops import first_stop
@@ -282,7 +283,8 @@ class Sampler:
         placed = [row for rows in planned for row in (*rows, *[None] * (R - len(rows)))]
         try:
             adapter = self._scheduler.slots.tree()
-            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row) for row in placed], T)
+            sizes, top = self._sizes(self._scheduler.running), max(s.group.top for s in self._scheduler.running)
+            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row) for row in placed], T, then=(sizes, top))
             self._score(placed, h_RTD)
         except Exception as error:
             self._lose_cache(error, {row[0].group for row in placed if row})
@@ -315,6 +317,11 @@ class Sampler:
                 group.scores.put(start, n, scored, r)
                 group.scored = start + n
 
+    def _sizes(self, sequences: list[Sequence]) -> list[int]:
+        """Numbers of rows, rising, in which these can be decoded."""
+        most = max(map(len, self._scheduler.by_part(sequences)))
+        return [rows * self._parts for rows in self._rows if rows >= most]
+
     # -- drawing -----------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
@@ -328,14 +335,15 @@ class Sampler:
         # Long rows beside long ones: attention works through a few rows at once, as far as the longest reaches.
         ready.sort(key=lambda sequence: -sequence.computed)
         of_part = self._scheduler.by_part(ready)
-        S = _smallest(self._rows, max(map(len, of_part)))
-        places = {part * S + i: sequence for part, rows in enumerate(of_part) for i, sequence in enumerate(rows)}
+        top = max(sequence.group.top for sequence in ready)
         try:
             adapter = self._scheduler.slots.tree()
+            S = self._runner.size_to_use(self._sizes(ready), adapter, top) // self._parts
+            places = {part * S + i: sequence for part, rows in enumerate(of_part) for i, sequence in enumerate(rows)}
             rows = Rows.empty(S * len(of_part), pages_for(self._cfg.context_length))
             for place, sequence in places.items():
                 self._scheduler.put(rows, place, sequence)
-            drawn = self._runner.decode(adapter, rows, max(s.group.top for s in ready))
+            drawn = self._runner.decode(adapter, rows, top)
         except Exception as error:
             self._lose_cache(error, {sequence.group for sequence in ready})
             return

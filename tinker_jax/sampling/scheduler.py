@@ -15,13 +15,8 @@ from tinker_jax.lora import Adapter
 from tinker_jax.sampling.adapter_slots import AdapterSlots
 from tinker_jax.sampling.drawing import STOP_IDS, Rows
 from tinker_jax.sampling.model_runner import STEPS
-from tinker_jax.sampling.page_pool import PagePool
+from tinker_jax.sampling.page_pool import PagePool, pages_for
 from tinker_jax.sampling.sequence import Sequence, SequenceGroup
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold so many tokens."""
-    return -(-tokens // PAGE)
 
 
 class Scheduler:

@@ -13,7 +13,7 @@ from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder, Params, unembedding
 from tinker_jax.programs import Program
-from tinker_jax.sampling.adapter_slots import adapter_rank, describe
+from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
 
 
@@ -42,12 +42,30 @@ class WholeModel:
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
     ) -> tuple[jax.Array, Pages]:
         """Hidden states [R, T, D], and the pool, which is donated."""
-        shape = f"{'x'.join(map(str, tokens_RT.shape))} {describe(adapter)}"
-        return self._prefill(self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2, shape=shape)
+        args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
+        return self._prefill(*args, shape=batch_name(tokens_RT.shape, adapter))
 
     def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> tuple[Pages, Drawn]:
         """Up to `steps` tokens for every live row; the pool is donated."""
-        return self._decode(self._params, adapter, pages, rows, top=top, shape=f"{rows.token.size} {describe(adapter)}")
+        return self._decode(self._params, adapter, pages, rows, top=top, shape=batch_name(rows.token.shape, adapter))
+
+    def prepare_prefill(
+        self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
+    ) -> None:
+        """Has what a prefill of this shape needs compiled on another thread."""
+        shape = batch_name(tokens_RT.shape, adapter)
+        if not self._prefill.is_ready(shape):
+            self._prefill.prepare(self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2, shape=shape)
+
+    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> None:
+        """Has what decoding such rows needs compiled on another thread."""
+        if not self.is_ready(rows.token.size, adapter, top):
+            shape = batch_name(rows.token.shape, adapter)
+            self._decode.prepare(self._params, adapter, pages, rows, top=top, shape=shape)
+
+    def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
+        """Is the program compiled that decodes S rows?"""
+        return self._decode.is_ready(batch_name((S,), adapter), top=top)
 
     def prefill_program(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2):
         R, T = tokens_RT.shape

@@ -17,7 +17,7 @@ from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
 
 _LOWEST = -1e30  # of a query that has seen nothing yet; finite, as -inf - -inf is NaN
 _SPAN = 8  # pages of every row that are put together at a time
-_AT_ONCE = 16  # pages gathered at a time, fewer for many queries, whose work shall stay in a CPU's cache, and for few rows
+_AT_ONCE = 64  # pages gathered at a time, fewer for many queries, whose work shall stay in a CPU's cache, and for few rows
 
 
 def worklist_attend(

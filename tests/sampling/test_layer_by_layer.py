@@ -1,0 +1,158 @@
+"""Programs of one layer: no copies of weights, the same programs at any depth, rounded up while others compile."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from tinker_jax import lora, sharding
+from tinker_jax.kernels.decode_attention import PAGE
+from tinker_jax.models.config import parse
+from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.programs import Program
+from tinker_jax.sampling.drawing import Rows
+from tinker_jax.sampling.layer_by_layer import LayerByLayer
+from tinker_jax.sampling.model_runner import ModelRunner
+from tinker_jax.sampling.page_pool import pages_for
+from tinker_jax.sampling.whole_model import WholeModel
+
+# Sizes whose layers begin at multiples of 64 bytes, as those of real models do.
+CONFIG = dataclasses.replace(parse(tiny.CONFIGS["qwen3"]().to_dict()), D=64, F=128, N=4, K=2, H=16, V=256)
+RANK = 8
+
+
+def runner(depth=3, pages=9):
+    cfg = dataclasses.replace(CONFIG, L=depth)
+    rng = np.random.default_rng(0)
+    params = {w.name: jnp.asarray(rng.normal(size=w.full_shape).astype(np.float32) * 0.2) for w in weights(cfg)}
+    return ModelRunner(cfg, params, sharding.make_mesh(), jnp.float32, pages, False), params
+
+
+def adapter(depth=3):
+    cfg = dataclasses.replace(CONFIG, L=depth)
+    tree = lora.init(0, lora_targets(cfg), RANK, ("attn", "mlp"))
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.05), tree)
+
+
+def rows(S, live, position=5):
+    out = Rows.empty(S, pages_for(CONFIG.context_length))
+    out.live[:live], out.position[:], out.remaining[:] = True, position, 100
+    out.table[:, 0], out.slots[:] = np.arange(1, S + 1), (0, RANK)
+    out.temperature[:] = 0
+    return out
+
+
+def test_a_layers_weights_and_factors_are_views_of_their_stack():
+    run, params = runner()
+    model, tree = run._model, adapter()
+    assert isinstance(model, LayerByLayer)
+    model._use(tree)
+    for at in range(3):
+        for name, x in model._layers[at].items():
+            assert x.unsafe_buffer_pointer() == np.asarray(params[name])[at].ctypes.data, name
+        for module, factors in model._factors[at].items():
+            for factor, x in factors.items():
+                assert x.unsafe_buffer_pointer() == np.asarray(tree["layers"][module][factor])[at].ctypes.data, module
+    assert model._ends["embed.embedding"].unsafe_buffer_pointer() == params["embed.embedding"].unsafe_buffer_pointer()
+
+
+def test_a_step_copies_no_weight():
+    """Neither a layer nor the draw copies a weight, and what they allocate is small beside the weights they read."""
+    S = 2
+    # Wide enough that weights and pages outweigh activations, as they do in real models.
+    wide = dataclasses.replace(CONFIG, L=1, D=512, F=1024, N=8, K=2, H=64, V=8192)
+    params = {w.name: jnp.zeros(w.full_shape) for w in weights(wide)}
+    run = ModelRunner(wide, params, sharding.make_mesh(), jnp.float32, 5, False)
+    model, batch_rows = run._model, rows(S, S)
+    h, batch, after, drawn = jax.eval_shape(lambda e, r: model._begin_chunk(e, r, rank=None, top=0), model._ends, batch_rows)
+    layer = jax.jit(model._run_layer, donate_argnums=(3, 4)).lower(
+        model._layers[0], {}, np.int32(0), h, jax.eval_shape(run._empty), batch
+    )
+    draw = jax.jit(model._draw_tokens, donate_argnums=(3, 4, 5)).lower(model._ends, None, h, batch, after, drawn, np.int32(0))
+
+    def nbytes(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    head = wide.V * wide.D * 4
+    for lowered, least in ((layer, nbytes(model._layers[0])), (draw, head)):
+        compiled = lowered.compile()
+        products = [line for line in compiled.as_text().splitlines() if " copy(" in line]
+        copied = [line for line in products if any(f"[{shape}]" in line for shape in _matrices(wide))]
+        assert not copied, copied
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * least
+
+
+def _matrices(cfg):
+    stacked = [w.shape for w in weights(cfg) if len(w.shape) == 2]
+    return {",".join(map(str, shape)) for shape in stacked} | {",".join(map(str, shape[::-1])) for shape in stacked}
+
+
+def test_a_deeper_model_needs_no_more_programs():
+    counts = []
+    for depth in (2, 7):
+        run, _ = runner(depth)
+        run.decode(adapter(depth), rows(2, 2), 0)
+        counts.append(run.programs)
+    assert counts[0] == counts[1]
+
+
+def test_layer_by_layer_draws_what_the_whole_model_in_one_program_draws():
+    run, params = runner()
+    whole, _ = runner()
+    cfg = dataclasses.replace(CONFIG, L=3)
+    whole._model = WholeModel(cfg, params, whole._paged, 16, unstack=False)
+    tree, some = adapter(), rows(4, 3)
+    one, other = run.decode(tree, some, 4), whole.decode(tree, some, 4)
+    np.testing.assert_array_equal(one.count, [16, 16, 16, 0])
+    np.testing.assert_array_equal(one.count, other.count)
+    np.testing.assert_array_equal(one.tokens[:3], other.tokens[:3])
+    np.testing.assert_allclose(one.logprobs[:3], other.logprobs[:3], atol=1e-5)
+    np.testing.assert_allclose(one.top_logprobs[:3], other.top_logprobs[:3], atol=1e-5)
+
+
+def test_a_chunk_ends_soon_after_its_last_row(monkeypatch):
+    run, _ = runner()
+    steps, call = [], Program.__call__
+
+    def counted(program, *args, **options):
+        steps.extend([1] * (program is run._model._draw))
+        return call(program, *args, **options)
+
+    monkeypatch.setattr(Program, "__call__", counted)
+    some = rows(2, 2)
+    some.remaining[:] = 3
+    drawn = run.decode(adapter(), some, 0)
+    np.testing.assert_array_equal(drawn.count, [3, 3])
+    assert len(steps) == 3
+    stops = rows(2, 2)
+    stops.stop_ids[:, 0] = drawn.tokens[:, 0]
+    drawn = run.decode(adapter(), stops, 0)
+    np.testing.assert_array_equal(drawn.count, [1, 1])
+    assert len(steps) == 3 + 2, "one step is on its way when the host hears of the stops"
+
+
+def test_a_larger_batch_serves_while_the_right_one_is_compiled():
+    run, _ = runner()
+    tree = adapter()
+    assert run.size_to_use([2, 4, 8], tree, 0) == 2, "nothing is there yet: it is compiled now"
+    run.decode(tree, rows(8, 8), 0)
+    assert run.size_to_use([1, 2, 4, 8], tree, 0) == 1, "eight times as many rows cost more than a compilation"
+    assert run.size_to_use([2, 4, 8], tree, 0) == 8
+    for program in (run._model._layer, run._model._draw, run._model._begin):
+        for compiled in list(program._compiled.values()):
+            compiled.result(60)
+    assert run.size_to_use([2, 4, 8], tree, 0) == 2
+    assert run.size_to_use([2, 4, 8], None, 0) == 2, "another adapter shape has programs of its own"
+
+
+def test_prefill_compiles_meanwhile_what_decoding_will_need():
+    from tinker_jax.sampling.model_runner import Chunk
+
+    run, _ = runner()
+    tree, table = adapter(), np.zeros(pages_for(CONFIG.context_length), np.int32)
+    table[0] = 1
+    chunk = Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))
+    run.prefill(tree, [chunk], PAGE, then=([2, 4], 0))
+    assert all(len(program._compiled) == n for program, n in ((run._model._draw, 1), (run._model._layer, 2)))
