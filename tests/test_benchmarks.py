@@ -1,6 +1,7 @@
 """The benchmarks run, and their arithmetic is right."""
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -171,8 +172,12 @@ def test_both_sides_train_the_toys_of_large_models(tmp_path, name):
 def test_both_sides_draw_from_the_toy_of_the_real_model_and_time_a_decode_step(tmp_path):
     case = sample.quick(sample.CASES["real 1"])
     directory = str(_models.locate(tmp_path, case.model, quick=True))
-    for side in ("torch", "tinker_jax"):
-        assert isinstance(sample.PURPOSES[side, "speed"](directory, case, case.ways[0])["step_s"], float)
+    samplers = [
+        sample.torch_sampler(directory, case, case.ways[0]),
+        sample.our_sampler(sample.our_clients(directory, case), case),
+    ]
+    for sampler in samplers:
+        assert isinstance(sample.measured(sampler, case, itertools.count())["step_s"], float)
     assert sample.PURPOSES["tinker_jax", "first"](directory, case, case.ways[0])["first_token_s"] > 0
 
 
