@@ -87,7 +87,7 @@ def test_sixty_steps_of_pig_latin_carry_over_to_words_it_has_not_seen(sft):
     before, after = sft["losses"]
     assert after < 0.4 * before
     knew, knows = sft["right"]
-    assert knows >= knew + 0.15
+    assert knows >= knew + 0.05
 
 
 def test_peft_loads_the_trained_adapter_and_gives_our_greedy_answers(model, sft):
