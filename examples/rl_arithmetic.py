@@ -72,7 +72,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Reinforcement learning on sums")
     parser.add_argument("--model", default="tinker-jax/tiny-qwen3", help="a hub id or a local directory")
     parser.add_argument("--max-tokens", type=int, default=8, help="room for an answer; a chatty model wants 64")
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="a larger model wants less")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="4e-3 for the embedded model, 1e-3 for one of 135M")
     args = parser.parse_args()
     result = run(args.model, max_tokens=args.max_tokens, learning_rate=args.learning_rate)
     print(f"held-out reward: {mean_reward(result['before']):.2f} before, {mean_reward(result['after']):.2f} after")

@@ -1,7 +1,9 @@
 """The benchmarks run, and their arithmetic is right."""
 
 import argparse
+import itertools
 import json
+import logging
 import math
 import os
 import subprocess
@@ -11,11 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import _models
 import _sides
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rl_loop
 import sample
 import sample_gpu
 import train
@@ -115,6 +119,103 @@ def test_the_peak_of_a_call_includes_what_it_freed():
     assert _sides.peak_bytes(lambda: np.ones(2**25).sum()) - before > 0.9 * 2**28
 
 
+@pytest.mark.parametrize("model", ["real", "qwen3-0.6b"])
+def test_a_toy_has_the_family_heads_and_dtype_of_its_model(tmp_path, model):
+    directory = _models.locate(tmp_path, model, quick=True)
+    cfg = _models.shape_of(directory)
+    assert (cfg.model_type, cfg.N, cfg.K, cfg.tied) == {"real": ("llama", 9, 3, True), "qwen3-0.6b": ("qwen3", 16, 8, True)}[
+        model
+    ]
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
+    assert _models.locate(tmp_path, model, quick=True) == directory  # written once
+
+
+def test_the_large_random_model_has_the_published_shape():
+    cfg, shape = train_gpu.MODELS["0.6B"], _models.SHAPES["qwen3-0.6b"]
+    assert (cfg.V, cfg.D, cfg.F, cfg.L) == tuple(
+        shape[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    assert (cfg.N, cfg.K, cfg.H, cfg.tied) == tuple(
+        shape[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+    )
+
+
+def test_a_decode_step_reads_an_embedding_only_where_it_is_the_head():
+    cfg = sample_gpu._qwen3.SMOKE_MODEL  # tied
+    assert _models.weight_bytes(cfg, "float32") == base_bytes(cfg, 4) == 2 * _models.weight_bytes(cfg, "bfloat16")
+    untied = replace(cfg, tied=False)
+    assert _models.weight_bytes(untied, "float32") == base_bytes(untied, 4) - 4 * cfg.V * cfg.D
+
+
+@pytest.mark.parametrize(("script", "case"), [(train, "real"), (sample, "real 1")], ids=["train", "sample"])
+def test_cases_on_a_model_that_is_not_there_are_passed_over_with_a_line(monkeypatch, capsys, tmp_path, script, case):
+    monkeypatch.setenv("TINKER_JAX_REAL_MODEL", str(tmp_path))
+    monkeypatch.setattr(_models, "machine", lambda: {"flops_per_s": 1e9, "bytes_per_s": 1e9})
+    script.main(["--cases", case])
+    assert f"\n{case}: skipped, the model is not there; `make real-model` builds it\n" in capsys.readouterr().out
+
+
+def test_the_loop_says_when_it_has_no_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TINKER_JAX_REAL_MODEL", str(tmp_path))
+    rl_loop.main([])
+    assert capsys.readouterr().out == "rl_loop: skipped, the model is not there; `make real-model` builds it\n"
+
+
+@pytest.mark.parametrize("name", ["real", "qwen3-0.6b bf16"])
+def test_both_sides_train_the_toys_of_large_models(tmp_path, name):
+    case = train.quick(train.CASES[name])
+    directory = str(_models.locate(tmp_path, case.model, quick=True))
+    ran = {side: train.speed(side, directory, case) for side in train.STEPS}
+    assert all(result["rates"][0] > 0 for result in ran.values()) and ran["tinker_jax"]["programs"] >= 1
+
+
+def test_both_sides_draw_from_the_toy_of_the_real_model_and_time_a_decode_step(tmp_path):
+    case = sample.quick(sample.CASES["real 1"])
+    directory = str(_models.locate(tmp_path, case.model, quick=True))
+    samplers = [
+        sample.torch_sampler(directory, case, case.ways[0]),
+        sample.our_sampler(sample.our_clients(directory, case), case),
+    ]
+    for sampler in samplers:
+        assert isinstance(sample.measured(sampler, case, itertools.count())["step_s"], float)
+    assert sample.PURPOSES["tinker_jax", "first"](directory, case, case.ways[0])["first_token_s"] > 0
+
+
+def test_the_decode_step_of_a_single_row_leaves_the_prefill_out(monkeypatch):
+    case, clock = sample.CASES["real 1"], iter(range(1_000))
+    seconds = {case.new: 0.1 + 31 * 0.02, (1,): 0.1}
+    lengths_of_run = []
+    monkeypatch.setattr(_sides, "seconds", lambda run: (run(), seconds[lengths_of_run[-1]])[1])
+    result = sample.measured(lambda rows, lengths: lengths_of_run.append(lengths), case, clock)
+    assert result["step_s"] == pytest.approx(0.02)
+
+
+def test_the_line_of_training_states_both_sides_shares_of_the_product_rate():
+    pair = {"torch": 1.0, "tinker_jax": 2.0}
+    result = {
+        "tokens_per_s": pair,
+        "ratio": 2.0,
+        "share_of_product_rate": {"torch": 0.25, "tinker_jax": 0.5},
+        "peak_bytes": pair,
+    }
+    line = train.row("real", {**result, "first_call_s": pair, "programs": 1, "packing": 1.0})
+    assert len(line) == len(train.HEADER)
+    assert line[train.HEADER.index("share of product rate torch / ours")] == "25 / 50 %"
+
+
+def test_the_compiler_is_waited_for_as_long_as_programs_log():
+    log = rl_loop.Compilations()
+    for message, *args in (
+        ("compiled %s %s in %.1f s", "decode", "4", 1.5),
+        ("loaded %s", "x"),
+        ("compiled %s in %.1f s", "y", 0.5),
+    ):
+        log.emit(logging.LogRecord("tinker_jax", logging.INFO, "", 0, message, tuple(args), None))
+    assert (log.seconds, log.count) == (2.0, 2)
+    line = rl_loop.row("cold", {"step_s": [3.0, 1.0], "compile_s": [2.0, 0.0], "programs": 2})
+    assert line == ["cold", "4.0 s", "2.0 s", "3.0 s", "50 %", "2"] and len(line) == len(rl_loop.HEADER)
+
+
 def test_mixed_requests_are_all_different_and_span_the_stated_lengths():
     case = sample.CASES["mixed"]
     for lengths, shortest, longest in ((case.prompts, 16, 512), (case.new, 16, 256)):
@@ -153,7 +254,7 @@ def test_torch_draws_every_request_once_in_full_with_its_adapter(monkeypatch, ca
         assert len(rows) <= way.batch and samples == case.samples
         drawn.extend((row, new, name) for row, name in zip(rows, adapter_names or [model.active] * len(rows), strict=True))
 
-    monkeypatch.setattr(_sides, "torch_side", lambda directory: (model, None))
+    monkeypatch.setattr(_sides, "torch_side", lambda *_: (model, None))
     monkeypatch.setattr(_sides, "torch_generate", generate)
     rows = [[i] * n for i, n in enumerate(case.prompts)]
     sample.torch_sampler("directory", case, way)(rows)
@@ -167,7 +268,7 @@ def test_torch_draws_every_request_once_in_full_with_its_adapter(monkeypatch, ca
 
 def test_sorting_by_output_makes_torch_draw_fewest_tokens_that_nobody_asked_for(monkeypatch):
     case, drawn = sample.CASES["mixed"], {}
-    monkeypatch.setattr(_sides, "torch_side", lambda directory: (FakePeft(), None))
+    monkeypatch.setattr(_sides, "torch_side", lambda *_: (FakePeft(), None))
     for way in case.ways:
         batches = []
         monkeypatch.setattr(_sides, "torch_generate", lambda _, rows, new, to=batches, **rest: to.append(len(rows) * new))
@@ -226,11 +327,13 @@ def run(script, *arguments):
 
 @pytest.mark.slow
 def test_the_cpu_benchmark_runs_at_toy_size(tmp_path):
-    out = run("train.py", "--quick", "--turns", "1", "--cases", "ragged,overhead", "--json", str(tmp_path / "out.json"))
+    names = "ragged,real ragged,qwen3-0.6b,overhead"
+    out = run("train.py", "--quick", "--turns", "1", "--cases", names, "--json", str(tmp_path / "out.json"))
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert cases["ragged"]["ratio"] > 0 and cases["ragged"]["programs"] >= 1 and 0 < cases["ragged"]["packing"] <= 1
     assert all(size > 0 for size in cases["ragged"]["peak_bytes"].values())
-    assert "| ragged |" in out and "API overhead: " in out
+    assert all(share > 0 for name in names.split(",")[:-1] for share in cases[name]["share_of_product_rate"].values())
+    assert "| ragged |" in out and "| real ragged |" in out and "API overhead: " in out and "GFLOP/s" in out
 
 
 @pytest.mark.slow
@@ -243,14 +346,26 @@ def test_the_accelerator_benchmark_runs_at_toy_size(tmp_path):
 
 @pytest.mark.slow
 def test_the_cpu_sampling_benchmark_runs_at_toy_size(tmp_path):
-    out = run("sample.py", "--quick", "--turns", "1", "--cases", "mixed,group,adapters", "--json", str(tmp_path / "out.json"))
+    names = "mixed,group,adapters,real 1,real mixed"
+    out = run("sample.py", "--quick", "--turns", "1", "--cases", names, "--json", str(tmp_path / "out.json"))
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     for name, result in cases.items():
         assert result["ratio"] > 0 and result["programs"] >= 1 and f"| {name} |" in out
         assert 0 < result["first_token_s"]["p50"] <= result["first_token_s"]["p95"]
         assert all(size > 0 for size in result["peak_bytes"].values())
-        assert result["torch_way"] in result["torch_ways"]
+        assert result["torch_way"] in result["torch_ways"] or name == "real 1"
+        assert result["first_token_cold_s"] > 0 and all(seconds > 0 for seconds in result["other_rows_s"])
     assert cases["group"]["cached"]["ratio"] > 0 and "cached: ratio " in out
+    assert set(cases["real 1"]["share_of_memory_rate"]) == {"torch", "tinker_jax"} and "real 1: a decode step takes" in out
+
+
+@pytest.mark.slow
+def test_the_loop_of_mixed_batches_runs_at_toy_size(tmp_path):
+    model = Path(train_gpu.__file__).parents[1] / "tinker_jax" / "embedded" / "tiny-qwen3"
+    out = run("rl_loop.py", "--model", str(model), "--steps", "2", "--json", str(tmp_path / "out.json"))
+    processes = json.loads((tmp_path / "out.json").read_text())["processes"]
+    assert list(processes) == ["cold", "warm"] and all(0 < sum(p["compile_s"]) < sum(p["step_s"]) for p in processes.values())
+    assert "| cold |" in out and "| warm |" in out
 
 
 @pytest.mark.slow

@@ -1,0 +1,115 @@
+"""A short loop of reinforcement learning whose batches differ from step to step: wall time, and how much of it is compilation.
+
+Ten steps like those of `examples/rl_arithmetic.py`, each with another number of prompts and samples, other lengths of prompts
+and another limit of tokens. A cold process finds no compiled program, a warm one after it finds those of the first. Either
+waits for the compiler as long as `tinker_jax.programs.Program` says in its log: a program's first call, which compiles it or
+reads it from the cache, and runs it once. Samples are seeded, so that both processes meet the same shapes.
+
+    python benchmarks/rl_loop.py [--model DIRECTORY] [--steps 10] [--json out.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _models
+import _sides
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import rl_arithmetic
+
+import tinker_jax as tinker
+
+#: Prompts, samples of each, sums worked out before the question, most new tokens.
+STEPS = [(4, 4, 0, 16), (8, 2, 1, 24), (2, 8, 4, 12), (6, 4, 2, 20), (3, 3, 6, 32)]
+STEPS += [(5, 6, 0, 24), (8, 4, 3, 16), (1, 12, 8, 20), (7, 3, 1, 28), (4, 6, 5, 16)]
+
+
+class Compilations(logging.Handler):
+    """Adds up the seconds of the lines "compiled NAME SHAPE in S s"."""
+
+    seconds, count = 0.0, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("compiled "):
+            self.seconds += record.args[-1]
+            self.count += 1
+
+
+def rollouts(client: Any, tokenizer: Any, step: int, count: int, samples: int, worked: int, new: int) -> list[dict[str, Any]]:
+    """`rl_arithmetic.rollouts` with `worked` sums before each question."""
+    sampler = client.save_weights_and_get_sampling_client().result()
+    params = tinker.SamplingParams(max_tokens=new, temperature=1.0, stop=[tokenizer.eos_token_id], seed=step)
+    before = tokenizer.encode("".join(f"{a} + {b} = {a + b}\n" for a, b in rl_arithmetic.TRAIN[:worked]))
+    sums = rl_arithmetic.TRAIN[100 + 10 * step :][:count]
+    groups = [{"sum": pair, "prompt": before + rl_arithmetic.prompt(tokenizer, *pair)} for pair in sums]
+    futures = [sampler.sample(tinker.ModelInput.from_ints(group["prompt"]), samples, params) for group in groups]
+    for group, future in zip(groups, futures, strict=True):
+        group["answers"] = future.result().sequences
+        texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in group["answers"]]
+        group["rewards"] = [rl_arithmetic.reward(text, *group["sum"]) for text in texts]
+    return groups
+
+
+def loop(model: str, steps: int) -> dict[str, Any]:
+    """Seconds of each step after loading, and of the programs that occurred for the first time in them."""
+    log, logger = Compilations(), logging.getLogger("tinker_jax")
+    logger.addHandler(log)
+    logger.setLevel(logging.INFO)
+    client = tinker.ServiceClient().create_lora_training_client(base_model=model, rank=_models.RANKS["real"]).result()
+    tokenizer, times, waits = client.get_tokenizer(), [], []
+    for n in range(steps):
+        start, waited = time.perf_counter(), log.seconds
+        groups = rollouts(client, tokenizer, n, *STEPS[n % len(STEPS)])
+        data = [datum for group in groups for datum in rl_arithmetic.policy_gradient(group)]
+        step = client.forward_backward(data, "importance_sampling")
+        update = client.optim_step(tinker.AdamParams(learning_rate=1e-4))
+        step.result(), update.result()
+        times.append(time.perf_counter() - start)
+        waits.append(log.seconds - waited)
+    return {"step_s": times, "compile_s": waits, "programs": log.count}
+
+
+def row(name: str, result: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    wall, waited, slowest = sum(result["step_s"]), sum(result["compile_s"]), max(result["step_s"])
+    times = [f"{seconds:.1f} s" for seconds in (wall, waited, slowest)]
+    return [name, *times, f"{100 * waited / wall:.0f} %", str(result["programs"])]
+
+
+HEADER = ["process", "wall time", "of it waiting for the compiler", "slowest step", "share of waiting", "programs"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a hub id or a local directory; default: what `make real-model` builds")
+    parser.add_argument("--steps", type=int, default=len(STEPS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        return _sides.report_result(loop(args.model, args.steps))
+    if args.model is None and not _models.real_model.built():
+        return print(f"rl_loop: skipped, {_models.ABSENT}")
+    model = args.model or str(_models.real_model.directory())
+    report, results = _sides.environment(), {}
+    with tempfile.TemporaryDirectory() as directory:
+        env = {"JAX_PLATFORMS": "cpu", "TINKER_JAX_HOME": directory, "JAX_COMPILATION_CACHE_DIR": f"{directory}/compiled"}
+        for name in ("cold", "warm"):
+            [results[name]] = _sides.child(__file__, ["--child", "--model", model, "--steps", str(args.steps)], env)
+    if args.json:
+        args.json.write_text(json.dumps({**report, "model": model, "processes": results}, indent=1) + "\n")
+    print(_sides.describe(report), end="\n\n")
+    print(_sides.table(HEADER, [row(name, result) for name, result in results.items()]))
+
+
+if __name__ == "__main__":
+    main()
