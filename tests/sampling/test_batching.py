@@ -143,7 +143,7 @@ def test_requests_begin_in_order_when_pages_are_short(sampler, monkeypatch):
 
 def test_a_long_prompt_holds_nobody_up(sampler, monkeypatch):
     """Rows decode between the calls of a prefill that takes several."""
-    monkeypatch.setattr(sampler, "_chunks", [1])
+    monkeypatch.setattr(sampler, "_chunks", {64: [1]})
     monkeypatch.setattr(sampler_module, "_MOST_PREFILLS", 2)
     short = submit(sampler, ask(tokens_of(5), 2, max_tokens=3 * STEPS, stop=[]))
     sampler.step()
@@ -235,7 +235,7 @@ def test_random_cancellation_leaks_nothing_and_disturbs_no_neighbour(sampler, se
 @pytest.mark.parametrize("program", ["decode", "prefill"])
 def test_a_failing_program_fails_what_it_served_and_the_others_come_back(sampler, monkeypatch, program):
     """At the failure one request decodes, another is in the middle of its prompt, a third waits."""
-    monkeypatch.setattr(sampler, "_chunks", [1])
+    monkeypatch.setattr(sampler, "_chunks", {64: [1]})
     monkeypatch.setattr(sampler_module, "_MOST_PREFILLS", 1)
     requests = [
         ask(tokens_of(5), 4, max_tokens=60, stop=[], seed=3),

@@ -62,11 +62,20 @@ def test_prompts_around_every_border_are_scored_and_continued_right_under_an_ada
 
 
 def test_several_chunks_of_one_prompt_are_computed_in_one_call(sampler, monkeypatch):
-    p = tokens_of(300, seed=1)
+    p = tokens_of(250, seed=1)
     calls = spy(monkeypatch, sampler._runner, "prefill")
     (response,) = run(sampler, ask(p, max_tokens=2, stop=[], prompt_logprobs=True))
     ((_, chunks, _),) = calls
-    assert [chunk.start for chunk in chunks if chunk] == [0, 64, 128, 192, 256]
+    assert [chunk.start for chunk in chunks if chunk] == [0, 64, 128, 192]
+    check(model()[0], p, response)
+
+
+def test_a_long_prompt_is_computed_in_long_chunks_and_what_is_left_in_short_ones(sampler, monkeypatch):
+    p = tokens_of(320, seed=2)
+    calls = spy(monkeypatch, sampler._runner, "prefill")
+    (response,) = run(sampler, ask(p, max_tokens=2, stop=[], prompt_logprobs=True))
+    starts = [(T, [chunk.start for chunk in chunks if chunk]) for _, chunks, T in calls]
+    assert starts == [(256, [0]), (64, [256])]
     check(model()[0], p, response)
 
 

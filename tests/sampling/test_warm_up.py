@@ -27,7 +27,7 @@ def test_after_a_warm_up_500_requests_of_all_kinds_compile_nothing(monkeypatch, 
     caplog.set_level("INFO", "tinker_jax")
     if few:
         monkeypatch.setattr(sampler_module, "ROWS", (1, 4, 32))
-        monkeypatch.setattr(sampler_module, "_CHUNKS", (1, 8))
+        monkeypatch.setattr(sampler_module, "_CHUNKS", {64: (1, 8), 256: (1,)})
     warm, rng = make(pages=400), np.random.default_rng(0)
     assert warm.warm_up(adapter(1, 8), adapters=2) == warm.programs
     programs = warm.programs
@@ -57,7 +57,7 @@ def test_a_warm_up_disturbs_nobody(monkeypatch):
     sampler.step()
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "_rows", sampler._rows[:2])
-        patch.setattr(sampler, "_chunks", sampler._chunks[:1])
+        patch.setattr(sampler, "_chunks", {64: [1]})
         sampler.warm_up(None)
     finish(sampler)
     check(model()[0], tokens_of(30), running.result(0))

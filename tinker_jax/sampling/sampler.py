@@ -42,8 +42,11 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROWS_ACCELERATOR = (8, 32, 128, 256)
 _ROWS_DETERMINISTIC = (64,)
 
-_CHUNK, _CHUNK_ACCELERATOR = 64, 256  # prompt tokens a row of a prefill computes
-_CHUNKS, _CHUNKS_ACCELERATOR, _CHUNKS_DETERMINISTIC = (1, 2, 4, 8), (1, 8), (8,)  # rows a prefill is compiled for
+_CHUNKS = {64: (1, 2, 4, 8), 256: (1, 2), 1024: (1,)}
+"""Shapes of a prefill on CPUs: prompt tokens of a row, and the numbers of such rows that programs are compiled for. Long rows
+attend at twice the speed, short ones take what is left."""
+_CHUNKS_ACCELERATOR = {256: (1, 8)}
+_CHUNKS_DETERMINISTIC = {64: (8,)}
 _MOST_PREFILLS = 8  # calls between two decode chunks: many rows soon decode together, and none waits for a long prompt
 
 
@@ -87,8 +90,9 @@ class Sampler:
         if deterministic:
             rows, chunks = _ROWS_DETERMINISTIC, _CHUNKS_DETERMINISTIC
         self._rows = sorted({-(-n // parts) for n in rows})  # of each part
-        self._chunks = sorted({-(-n // parts) for n in chunks})
-        self._chunk = _CHUNK if cpu else _CHUNK_ACCELERATOR
+        self._chunks = {
+            T: sorted({-(-n // parts) for n in counts}) for T, counts in chunks.items() if T < max(cfg.context_length, 65)
+        }
         dtype = jnp.dtype(dtype)
         self._page_bytes = PAGE * token_bytes(cfg, dtype.itemsize, sharding.parts(mesh, "kv_heads"))
         self._kv_bytes = kv_bytes
@@ -192,10 +196,10 @@ class Sampler:
         for tree in trees:
             for rows in self._rows:
                 self._runner.decode(tree, Rows.empty(rows * parts, context), 0)
-            for chunks in self._chunks:
+            for T, count in ((T, count) for T, counts in self._chunks.items() for count in counts):
                 nothing = Chunk(np.zeros(0, np.int32), 0, np.zeros(context, np.int32), (0, 0))
-                h_RTD = self._runner.prefill(tree, [nothing] * (chunks * parts), self._chunk)
-                self._scorer.score([(probe, 0)] + [None] * (chunks * parts - 1), adapter if tree else None, h_RTD)
+                h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T)
+                self._scorer.score([(probe, 0)] + [None] * (count * parts - 1), adapter if tree else None, h_RTD)
         self._runner.copy([(0, 0, 0)])
         return self.programs
 
@@ -274,17 +278,24 @@ class Sampler:
 
     def _prefill(self, unready: list[Sequence]) -> None:
         """One call: the next tokens of the oldest prompts."""
-        T = self._chunk
+        oldest = unready[0]
+        shortest = min(self._chunks)
+        T = max((T for T in self._chunks if T < oldest.length - oldest.computed), default=shortest)
+
+        def chunks(sequence: Sequence) -> range:
+            """Where chunks begin: whole ones alone, unless they are the shortest there are."""
+            return range(sequence.computed, sequence.length - (1 if T == shortest else T), T)
+
         planned = [
-            [(s, start) for s in sequences for start in range(s.computed, s.length - 1, T)][: self._chunks[-1]]
+            [(sequence, start) for sequence in sequences for start in chunks(sequence)][: self._chunks[T][-1]]
             for sequences in self._scheduler.by_part(unready)
         ]
-        R = _smallest(self._chunks, max(map(len, planned)))
+        R = _smallest(self._chunks[T], max(map(len, planned)))
         placed = [row for rows in planned for row in (*rows, *[None] * (R - len(rows)))]
         try:
             adapter = self._scheduler.slots.tree()
             sizes, top = self._sizes(self._scheduler.running), max(s.group.top for s in self._scheduler.running)
-            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row) for row in placed], T, then=(sizes, top))
+            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row, T) for row in placed], T, then=(sizes, top))
             self._score(placed, h_RTD)
         except Exception as error:
             self._lose_cache(error, {row[0].group for row in placed if row})
@@ -293,18 +304,19 @@ class Sampler:
             sequence.computed = min(start + T, sequence.length - 1)
             self._scheduler.remember(sequence)
 
-    def _chunk_of(self, sequence: Sequence, start: int) -> Chunk:
-        tokens = sequence.tokens(start, min(start + self._chunk, sequence.length - 1))
+    def _chunk_of(self, sequence: Sequence, start: int, T: int) -> Chunk:
+        tokens = sequence.tokens(start, min(start + T, sequence.length - 1))
         return Chunk(tokens, start, self._scheduler.table(sequence), self._scheduler.slots.span(sequence.group.weights))
 
     def _score(self, placed: list[tuple[Sequence, int] | None], h_RTD: jax.Array) -> None:
         """Reads the prompts' numbers off a prefill's hidden states, prompts of one adapter and one kind together."""
+        T = h_RTD.shape[1]
         alike: dict[Any, list[tuple[int, SequenceGroup, int]]] = {}
         for r, row in enumerate(placed):
             if row is None or row[0].index:  # the first sample's prefill is read for all
                 continue
             group, start = row[0].group, row[1]
-            if group.scores and group.scored < min(len(group.request.prompt) - 1, start + self._chunk):
+            if group.scores and group.scored < min(len(group.request.prompt) - 1, start + T):
                 alike.setdefault((group.weights, needs(group.request, self._cfg.V)), []).append((r, group, start))
         for members in alike.values():
             requests: list[tuple[Request, int] | None] = [None] * len(placed)
@@ -312,7 +324,7 @@ class Sampler:
                 requests[r] = group.request, start
             scored = self._scorer.score(requests, members[0][1].adapter, h_RTD)
             for r, group, start in members:
-                n = min(self._chunk, len(group.request.prompt) - 1 - start)
+                n = min(T, len(group.request.prompt) - 1 - start)
                 assert group.scores is not None
                 group.scores.put(start, n, scored, r)
                 group.scored = start + n

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
+from tinker_jax.kernels.decode_attention.xla import xla_attend
 
+_MANY, _MANY_KEYS = 128, 256  # queries of a row that outweigh its gathers: then whole blocks of keys are faster than pages
 _LOWEST = -1e30  # of a query that has seen nothing yet; finite, as -inf - -inf is NaN
 _SPAN = 8  # pages of every row that are put together at a time
 _AT_ONCE = 64  # pages gathered at a time, fewer for many queries, whose work shall stay in a CPU's cache, and for few rows
@@ -32,6 +34,8 @@ def worklist_attend(
 ) -> jax.Array:
     """See `PagedAttention.attend`. J are entries of the list, C places of a page."""
     R, T, N, H = q_RTNH.shape
+    if T >= _MANY:
+        return xla_attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N, scale=scale, window=window, block=_MANY_KEYS)
     K = pages.k.shape[1]
     G = N // K
     few = max(1, min(_AT_ONCE, 2 * R, 16 * _AT_ONCE // T))
