@@ -103,7 +103,7 @@ def _softmax(
     mean: bool = False,
 ) -> _Softmax:
     def one_tile(h_mD: jax.Array, targets_mK: jax.Array) -> _Softmax:
-        z_mR = _rank(h_mD, lora)
+        z_mR = None if lora is None else _rank(h_mD, lora[0])
 
         def one_block(j: Any, so_far: _Running) -> _Running:
             top, total, target, weighted, mean_mD, mean_mR = so_far
@@ -123,7 +123,7 @@ def _softmax(
             if mean_mD is not None:
                 # The likeliest token has e = 1 in any dtype, so `target − mean` keeps its digits where p is near 1.
                 mean_mD = mean_mD * shrink + _product("mv,vD->mD", e_mv.astype(h_mD.dtype), columns.kernel_vD)
-            if mean_mR is not None:
+            if mean_mR is not None and columns.b_Rv is not None:
                 mean_mR = mean_mR * shrink + _product("mv,Rv->mR", e_mv.astype(h_mD.dtype), columns.b_Rv)
             total = total * shrink + jnp.sum(e_mv, axis=-1, keepdims=True)
             return _Running(new_top, total, jnp.where(here, found, target), weighted, mean_mD, mean_mR)
@@ -190,7 +190,7 @@ def _second_factor_gradient(tiles: Tiles, block: int, h_MD, kernel_VD, targets_M
     V = kernel_VD.shape[0]
 
     def one_tile(db_RV: jax.Array, h_mD, targets_mK, lse_m, g_mK) -> tuple[jax.Array, None]:
-        z_mR = _rank(h_mD, lora)
+        z_mR = _rank(h_mD, lora[0])
         minus_g_m1 = -jnp.sum(g_mK, axis=-1, keepdims=True)
 
         def one_block(j: Any, db_RV: jax.Array) -> jax.Array:
@@ -247,14 +247,16 @@ def _product(axes: str, x: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.einsum(axes, x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _rank(h_mD: jax.Array, lora: Lora) -> jax.Array | None:
-    return None if lora is None else _product("mD,DR->mR", h_mD, lora[0]).astype(h_mD.dtype)
+def _rank(h_mD: jax.Array, a_DR: jax.Array) -> jax.Array:
+    return _product("mD,DR->mR", h_mD, a_DR).astype(h_mD.dtype)
 
 
 def _block_logits(h_mD: jax.Array, z_mR: jax.Array | None, columns: _Columns) -> jax.Array:
     """`head_logits` of a block."""
     logits_mv = _product("mD,vD->mv", h_mD, columns.kernel_vD)
-    return logits_mv if z_mR is None else logits_mv + _product("mR,Rv->mv", z_mR, columns.b_Rv)
+    if z_mR is None or columns.b_Rv is None:
+        return logits_mv
+    return logits_mv + _product("mR,Rv->mv", z_mR, columns.b_Rv)
 
 
 def _logits(h_mD: jax.Array, kernel_VD: jax.Array, lora: Lora) -> jax.Array:
