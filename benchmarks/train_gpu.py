@@ -15,7 +15,7 @@ FLOPs a token (LoRA has no gradients of frozen weights to compute, so a product 
 
     model     4 · N_matmul + 3 · A     N_matmul: parameters of the layers' linears and the head, embedding left out
                                        A: forward causal attention, 2 · L · N · H · mean over tokens of (document length + 1)
-    hardware  model + 2 · N_head (logits are computed again) + A / 2 (scores are computed again) + what rematerialisation
+    hardware  model + A / 2 (scores are computed again) + what rematerialisation
               repeats: with `attention` and `full` 2 · N of the layers' linears but down_proj; with `full`, and on a GPU in
               any case, because cuDNN's results cannot be kept, A. `none` repeats elementwise work only, which is not counted
 
@@ -79,7 +79,7 @@ def flops_per_token(cfg: DecoderConfig, lengths: Sequence[int], remat: str | Non
     if remat is None:
         return model
     again = 2 * (linear - cfg.L * down) * (remat != "none") + attention * (remat == "full" or platform == "gpu")
-    return model + 2 * head + attention / 2 + again
+    return model + attention / 2 + again
 
 
 # ---- sides, each in a child ----

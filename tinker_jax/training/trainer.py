@@ -18,7 +18,7 @@ import numpy as np
 from tinker_jax import lora as lora_lib
 from tinker_jax import memory, optim, sharding
 from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
-from tinker_jax.kernels.linear_cross_entropy import default_tile, linear_cross_entropy
+from tinker_jax.kernels.linear_cross_entropy import default_block, default_tile, linear_cross_entropy
 from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
 from tinker_jax.memory import OutOfMemory, Plan, out_of_memory
 from tinker_jax.models import dense
@@ -215,13 +215,15 @@ class Trainer:
             kernel_VD = jax.lax.with_sharding_constraint(
                 dense.unembedding(cfg, params), sharding.named(self._mesh, ("vocab", None))
             )
+            block = default_block(cfg.V) if self._mesh.shape["tensor"] == 1 else cfg.V
             head = linear_cross_entropy(
                 h_MD,
                 kernel_VD,
                 targets.reshape(B * T, -1),
                 lora=factors.get("lm_head"),
                 entropy=loss_fn != "cross_entropy",
-                tile=default_tile(cfg.V) * self._row_shards,
+                tile=default_tile(cfg.V, block) * self._row_shards,
+                block=block,
             )
             logprobs = head.logprobs_MK.reshape(targets.shape)
             packing = Packing(segments.reshape(B * T) > 0, sequences.reshape(B * T), B * T)

@@ -15,6 +15,9 @@ from . import xla
 # reaches its peak long before.
 _TILE_BYTES = {"cpu": 64 << 20}
 _TILE_BYTES_ACCELERATOR = 512 << 20
+# A CPU computes fastest when a tile of logits stays in its cache (measured: docs/performance.md).
+_BLOCK_CPU = 2048
+_BLOCK_ROWS_CPU = 1024
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -29,8 +32,20 @@ class LinearCrossEntropyOutput(NamedTuple):
     entropy_M: jax.Array | None
 
 
-def default_tile(vocab_size: int) -> int:
-    """Rows of a tile whose float32 logits fit the memory budget of the default backend: at least 8, a round number."""
+def default_block(vocab_size: int) -> int:
+    """Tokens of the vocabulary in a block of `linear_cross_entropy`: all of it, but on a CPU what its cache holds."""
+    return min(vocab_size, _BLOCK_CPU) if jax.default_backend() == "cpu" else vocab_size
+
+
+def default_tile(vocab_size: int, block: int | None = None) -> int:
+    """Rows of a tile whose float32 logits fit the memory budget of the default backend: at least 8, a round number.
+
+    Args:
+        vocab_size: size of the vocabulary.
+        block: tokens of it that are looked at at a time; None: all.
+    """
+    if block is not None and block < vocab_size:
+        return _BLOCK_ROWS_CPU
     rows = _TILE_BYTES.get(jax.default_backend(), _TILE_BYTES_ACCELERATOR) // (4 * vocab_size)
     step = 128 if rows >= 128 else 8
     return max(8, rows // step * step)
@@ -44,14 +59,17 @@ def linear_cross_entropy(
     lora: Mapping[str, jax.Array] | None = None,
     entropy: bool = False,
     tile: int | None = None,
+    block: int | None = None,
 ) -> LinearCrossEntropyOutput:
     """Log-softmax over the whole vocabulary at K chosen tokens a row.
 
     `logprobs[m, k] = log softmax(h[m] @ kernel.T + (h[m] @ a) @ b)[targets[m, k]]`.
 
-    Works through tiles of rows with the full vocabulary each; neither the forward nor the backward pass holds more than
-    one tile of logits, which the backward pass computes again. Logits, softmax and all sums are float32. Rows may be
-    sharded over data axes and the vocabulary over a tensor axis (GSPMD): a tile then takes rows from every shard.
+    Works through tiles of rows, and in each through blocks of the vocabulary; neither the forward nor the backward pass
+    holds more than one tile of one block of logits. Logits are computed once, in the forward pass, which makes what the
+    gradient of `h` needs of them: [M, D] float32. The gradient of the factor `b` alone computes them again. Logits,
+    softmax and all sums are float32. Rows may be sharded over data axes, and, in one block, the vocabulary over a
+    tensor axis (GSPMD): a tile then takes rows from every shard.
 
     The head is frozen: the gradient with respect to `kernel_VD` is zero by definition and costs nothing. `h` and both
     LoRA factors get exact gradients; entropy carries none.
@@ -62,8 +80,10 @@ def linear_cross_entropy(
         targets_MK: integer ids `[M, K]` in `[0, V)`. Rows that do not count need any valid id and a zero cotangent.
         lora: `{"a": [D, R], "b": [R, V]}` with the scale already inside `b`, or None.
         entropy: also return the entropy of every row's distribution.
-        tile: rows in a tile; None takes `default_tile(V)`. On a mesh the tile is shared by the data shards, so a
+        tile: rows in a tile; None takes `default_tile(V, block)`. On a mesh the tile is shared by the data shards, so a
             multiple of `default_tile` by their number keeps each shard as busy.
+        block: tokens of the vocabulary in a block; None takes `default_block(V)`. V where the vocabulary is sharded: a
+            block would be gathered.
 
     Raises:
         ValueError: an argument's shape or dtype does not fit; the text names it.
@@ -73,9 +93,13 @@ def linear_cross_entropy(
         raise ValueError(f"targets_MK must be [{h_MD.shape[0]}, K] with K >= 1 like h_MD's rows, got {targets_MK.shape}")
     if not jnp.issubdtype(targets_MK.dtype, jnp.integer):
         raise ValueError(f"targets_MK must hold integers, got {targets_MK.dtype}")
-    tiles = xla.plan_tiles(h_MD.shape[0], tile or default_tile(kernel_VD.shape[0]))
+    vocab_size = kernel_VD.shape[0]
+    block = default_block(vocab_size) if block is None else block
+    if block < 1:
+        raise ValueError(f"block must be at least 1 token, got {block}")
+    tiles = xla.plan_tiles(h_MD.shape[0], default_tile(vocab_size, block) if tile is None else tile)
     factors = None if lora is None else (lora["a"], lora["b"])
-    output: Any = xla.linear_cross_entropy(tiles, entropy, h_MD, kernel_VD, targets_MK, factors)
+    output: Any = xla.linear_cross_entropy(tiles, min(block, vocab_size), entropy, h_MD, kernel_VD, targets_MK, factors)
     return LinearCrossEntropyOutput(*output)
 
 
