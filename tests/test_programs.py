@@ -31,8 +31,8 @@ def run(home, **env):
 
 
 def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
-    assert run(tmp_path) == ["False", str(tmp_path / "compiled")]
-    assert run(tmp_path) == ["True", str(tmp_path / "compiled")]
+    assert run(tmp_path) == ["False", str(tmp_path / "programs")]
+    assert run(tmp_path) == ["True", str(tmp_path / "programs")]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
 def test_a_place_of_the_users_own_and_none_at_all_are_respected(tmp_path, env, directory):
     mine = str(tmp_path / "mine")
     assert run(tmp_path, **{k: v.format(mine=mine) for k, v in env.items()}) == ["False", directory.format(mine=mine)]
-    assert not (tmp_path / "compiled").exists()
+    assert not (tmp_path / "programs").exists()
 
 
 def test_what_is_prepared_on_another_thread_is_not_compiled_again(caplog):

@@ -21,14 +21,15 @@ _CACHED_SECONDS = 0.1  # programs that compile faster are not worth a file; JAX'
 
 
 def keep_compiled(home: str | os.PathLike[str]) -> None:
-    """Keeps what compiles for longer than a moment in `home/compiled`, for the processes to come.
+    """Keeps what compiles for longer than a moment in `home/programs`, for the processes to come.
 
     At most 4 GiB are kept; what was not used for longest goes first. JAX's own settings go first: `JAX_COMPILATION_CACHE_DIR`
     names another place, `JAX_ENABLE_COMPILATION_CACHE=false` none, `JAX_COMPILATION_CACHE_MAX_SIZE` another limit.
     """
     config: Any = jax.config  # its options are attributes that no type checker sees
     if config.jax_compilation_cache_dir is None and config.jax_enable_compilation_cache:
-        config.update("jax_compilation_cache_dir", os.path.join(home, "compiled"))
+        # Not `compiled`, which older versions used without a limit: JAX refuses to write to such a folder under one.
+        config.update("jax_compilation_cache_dir", os.path.join(home, "programs"))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_SECONDS)
         if config.jax_compilation_cache_max_size == -1:
