@@ -122,8 +122,8 @@ def plan(
     After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
     and half to the activations of its rows; the rest is left to adapters, optimiser state and XLA's temporaries. Of the
     policies under which a useful micro-batch fits, the one that recomputes least is taken. Where the weights take no more than
-    a quarter of what is left, decoding cuts each layer's out of the stack once for many steps: compiled for CPUs and GPUs, a
-    slice of a stack is a copy at every step. A TPU reads it in place.
+    a quarter of what is left, decoding on a GPU cuts each layer's out of the stack once for many steps: a slice of a stack
+    is a copy there at every step. A TPU reads it in place, a CPU decodes layer by layer.
 
     Args:
         cfg: shape of the model.
@@ -144,5 +144,5 @@ def plan(
     kv_bytes = free // 5
     if platform == "cpu":
         kv_bytes = min(kv_bytes, max(_MOST_CACHED_CPU, cfg.context_length + 1) * token_bytes(cfg, itemsize, tensor))
-    unstack = platform != "tpu" and base <= free // 4
+    unstack = platform == "gpu" and base <= free // 4
     return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=kv_bytes, unstack=unstack)

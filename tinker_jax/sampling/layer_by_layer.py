@@ -133,6 +133,15 @@ class LayerByLayer:
         begin = self._begin.is_ready(name, rank=adapter_rank(adapter), top=top)
         return begin and self._layer.is_ready(name) and self._draw.is_ready(f"{name} top {top}")
 
+    def forget_adapter(self) -> None:
+        """Keeps no adapter alive."""
+        self._use(None)
+
+    def close(self) -> None:
+        """Gives the weights back; nothing can be run any more."""
+        self._use(None)
+        self._layers, self._ends = [], {}
+
     # -- weights ---------------------------------------------------------------------------------------------------------
 
     def _views(self, stacked: Any) -> list[Any]:

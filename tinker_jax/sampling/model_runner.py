@@ -84,6 +84,15 @@ class ModelRunner:
         """Gives the memory back."""
         self._pool = None
 
+    def forget_adapter(self) -> None:
+        """Keeps no adapter alive, until one is used again."""
+        self._model.forget_adapter()
+
+    def close(self) -> None:
+        """Gives pages and weights back; nothing can be run any more."""
+        self.release()
+        self._model.close()
+
     def size_to_use(self, sizes: Sequence[int], adapter: Adapter | None, top: int) -> int:
         """How many rows to decode.
 

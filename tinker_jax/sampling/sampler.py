@@ -220,7 +220,10 @@ class Sampler:
             self._prefill(unready)
             self._admit()
         self._decode()
-        return bool(self._scheduler.running or self.waiting)
+        if self._scheduler.running or self.waiting:
+            return True
+        self._runner.forget_adapter()
+        return False
 
     def fail(self, error: Exception) -> None:
         """Fails every request and starts afresh."""
@@ -231,7 +234,7 @@ class Sampler:
         for group in self._groups():
             group.future.cancel()
         self._discard(self._groups())
-        self._runner.release()
+        self._runner.close()
 
     # -- admission ---------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,13 @@ class WholeModel:
         """Is the program compiled that decodes S rows?"""
         return self._decode.is_ready(batch_name((S,), adapter), top=top)
 
+    def forget_adapter(self) -> None:
+        """There is nothing to do: no adapter is kept."""
+
+    def close(self) -> None:
+        """Gives the weights back; nothing can be run any more."""
+        self._params = {}
+
     def prefill_program(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2):
         R, T = tokens_RT.shape
         decoder, slots = Decoder(self._cfg, params), own_slots(slots_R2, adapter_rank(adapter))
