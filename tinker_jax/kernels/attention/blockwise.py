@@ -21,7 +21,6 @@ from jax.ad_checkpoint import checkpoint_name
 from tinker_jax.kernels.attention.names import RESIDUALS
 
 BLOCK = 256
-_SHORT = 2048  # positions: longer rows hold one long sequence, shorter ones mostly several (a CPU's micro-batch)
 _MASKED = -1e30  # finite: exp(_MASKED - _MASKED) of a query that sees nothing of a block must not be NaN
 
 
@@ -43,8 +42,7 @@ def blockwise_attention(
         rows_at_once: rows of one block product, a divisor of B; None: all. One keeps a block of scores in a CPU's cache.
     """
     T = q_BTNH.shape[1]
-    # Short segments leave much of a large block masked; measured on CPU, one row at a time (docs/performance.md).
-    C = min(BLOCK // 2 if rows_at_once == 1 and T <= _SHORT else BLOCK, T)
+    C = min(BLOCK, T)
     padding = -T % C
     if padding:
         q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
