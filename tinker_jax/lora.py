@@ -63,7 +63,7 @@ def pad(tree: Adapter) -> Adapter:
     rows of `b`, those of `b` through zero columns of `a`.
     """
 
-    def grow(x: jax.Array, axis: int) -> jax.Array:
+    def grow(x: Any, axis: int) -> Any:
         missing = bucket(x.shape[axis]) - x.shape[axis]
         widths = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
         return (np if isinstance(x, np.ndarray) else jnp).pad(x, widths) if missing else x

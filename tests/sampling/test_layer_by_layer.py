@@ -12,9 +12,9 @@ from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.config import parse
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
-from tinker_jax.sampling.drawing import Rows
-from tinker_jax.sampling.layer_by_layer import LayerByLayer
-from tinker_jax.sampling.model_runner import ModelRunner
+from tinker_jax.sampling.drawing import Rows, nothing_drawn
+from tinker_jax.sampling.layer_by_layer import LayerByLayer, _newest
+from tinker_jax.sampling.model_runner import Chunk, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
 
@@ -66,11 +66,14 @@ def test_a_step_copies_no_weight():
     params = {w.name: jnp.zeros(w.full_shape) for w in weights(wide)}
     run = ModelRunner(wide, params, sharding.make_mesh(), jnp.float32, 5, False)
     model, batch_rows = run._model, rows(S, S)
-    h, batch, after, drawn = jax.eval_shape(lambda e, r: model._begin_chunk(e, r, rank=None, top=0), model._ends, batch_rows)
+    h, batch = jax.eval_shape(lambda *args: model._embed_tokens(*args, rank=None), model._ends, *_newest(batch_rows))
+    drawn = nothing_drawn(S, 16, 0)
     layer = jax.jit(model._run_layer, donate_argnums=(3, 4)).lower(
         model._layers[0], {}, np.int32(0), h, jax.eval_shape(run._empty), batch
     )
-    draw = jax.jit(model._draw_tokens, donate_argnums=(3, 4, 5)).lower(model._ends, None, h, batch, after, drawn, np.int32(0))
+    draw = jax.jit(model._draw_tokens, donate_argnums=(3, 4, 5)).lower(
+        model._ends, None, h, batch, batch_rows, drawn, np.int32(0)
+    )
 
     def nbytes(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -143,7 +146,7 @@ def test_a_larger_batch_serves_while_the_right_one_is_compiled():
     run.decode(tree, rows(8, 8), 0)
     assert run.size_to_use([1, 2, 4, 8], tree, 0) == 1, "eight times as many rows cost more than a compilation"
     assert run.size_to_use([2, 4, 8], tree, 0) == 8
-    for program in (run._model._layer, run._model._draw, run._model._begin):
+    for program in (run._model._layer, run._model._draw, run._model._embed):
         for compiled in list(program._compiled.values()):
             compiled.result(60)
     assert run.size_to_use([2, 4, 8], tree, 0) == 2
@@ -151,11 +154,21 @@ def test_a_larger_batch_serves_while_the_right_one_is_compiled():
 
 
 def test_prefill_compiles_meanwhile_what_decoding_will_need():
-    from tinker_jax.sampling.model_runner import Chunk
-
     run, _ = runner()
     tree, table = adapter(), np.zeros(pages_for(CONFIG.context_length), np.int32)
     table[0] = 1
     chunk = Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))
     run.prefill(tree, [chunk], PAGE, then=([2, 4], 0))
     assert all(len(program._compiled) == n for program, n in ((run._model._draw, 1), (run._model._layer, 2)))
+
+
+def test_fewer_rows_prefill_in_more_calls_while_the_right_number_is_compiled():
+    run, _ = runner()
+    tree = adapter()
+    assert run.prefill_size_to_use([4, 2, 1], 64, tree) == 4, "nothing is there yet: it is compiled now"
+    table = np.zeros(pages_for(CONFIG.context_length), np.int32)
+    run.prefill(tree, [Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))], 64)
+    assert run.prefill_size_to_use([4, 2, 1], 64, tree) == 1
+    for compiled in list(run._model._layer._compiled.values()):
+        compiled.result(60)
+    assert run.prefill_size_to_use([4, 2, 1], 64, tree) == 4

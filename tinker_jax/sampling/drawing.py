@@ -198,13 +198,13 @@ def own_slots(slots_R2: jax.Array, rank: int | None) -> jax.Array | None:
 
 
 def nothing_drawn(S: int, steps: int, top: int) -> Drawn:
-    """Room for what a chunk of `steps` decode steps draws."""
+    """Room for what a chunk of `steps` decode steps draws, as numpy arrays."""
     return Drawn(
-        count=jnp.zeros((S,), jnp.int32),
-        tokens=jnp.zeros((S, steps), jnp.int32),
-        logprobs=jnp.zeros((S, steps), jnp.float32),
-        top_ids=jnp.zeros((S, steps, top), jnp.int32),
-        top_logprobs=jnp.zeros((S, steps, top), jnp.float32),
+        count=np.zeros(S, np.int32),
+        tokens=np.zeros((S, steps), np.int32),
+        logprobs=np.zeros((S, steps), np.float32),
+        top_ids=np.zeros((S, steps, top), np.int32),
+        top_logprobs=np.zeros((S, steps, top), np.float32),
     )
 
 

@@ -63,13 +63,12 @@ class LayerByLayer:
         self._embed = Program(self._embed_tokens, "embedding", static=["rank"])
         self._layer = Program(self._run_layer, "layer", donate=[3, 4])
         self._norm = Program(self._normed, "final norm")
-        self._begin = Program(self._begin_chunk, "decode start", static=["rank", "top"])
         self._draw = Program(self._draw_tokens, "draw", donate=[3, 4, 5])
 
     @property
     def programs(self) -> int:
         """Number of compiled programs."""
-        return sum(p.count for p in (self._embed, self._layer, self._norm, self._begin, self._draw))
+        return sum(p.count for p in (self._embed, self._layer, self._norm, self._draw))
 
     def prefill(
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
@@ -88,7 +87,9 @@ class LayerByLayer:
         self.prepare_decode(adapter, pages, rows, top)
         name = batch_name((rows.token.size, 1), adapter)
         longest, before = int(np.max(rows.remaining, where=rows.live, initial=1)), None
-        h_SD, batch, rows, drawn = self._begin(self._ends, rows, rank=adapter_rank(adapter), top=top, shape=name)
+        h_SD, batch = self._embed(self._ends, *_newest(rows), rank=adapter_rank(adapter), shape=name)
+        # The draw writes to these: they must not lie in memory of NumPy.
+        rows, drawn = jax.device_put((rows, nothing_drawn(rows.token.size, self._steps, top)), may_alias=False)
         for step in self._numbers[: min(longest, self._steps)]:
             h_SD, pages = self._all_layers(h_SD, pages, batch, name)
             live, h_SD, batch, rows, drawn = self._draw(
@@ -102,10 +103,10 @@ class LayerByLayer:
     def prepare_prefill(
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
     ) -> None:
-        """Has what a prefill of this shape needs compiled on other threads; takes numpy arrays or `ShapeDtypeStruct`s."""
+        """Has what a prefill of this shape needs compiled on other threads."""
         self._use(adapter)
         name, args = batch_name(tokens_RT.shape, adapter), (self._ends, tokens_RT, positions_RT, tables_RW, slots_R2)
-        if all(program.is_ready(name) for program in (self._layer, self._norm)):
+        if self.is_ready_to_prefill(tokens_RT.shape, adapter):
             return
         rank = adapter_rank(adapter)
         h_MD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), *args)
@@ -114,24 +115,26 @@ class LayerByLayer:
         self._norm.prepare(self._ends, h_MD, batch.positions, shape=name)
 
     def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Any, top: int) -> None:
-        """Has what decoding such rows needs compiled on other threads; takes numpy arrays or `ShapeDtypeStruct`s."""
+        """Has what decoding such rows needs compiled on other threads."""
         self._use(adapter)
         S = rows.token.shape[0]
         if self.is_ready(S, adapter, top):
             return
         name, rank = batch_name((S, 1), adapter), adapter_rank(adapter)
-        begin = functools.partial(self._begin_chunk, rank=rank, top=top)
-        h_SD, batch, rows_now, drawn = jax.eval_shape(begin, self._ends, rows)
-        self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
-        args = self._ends, self._head, h_SD, batch, rows_now, drawn, self._numbers[0]
+        h_SD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), self._ends, *_newest(rows))
+        args = self._ends, self._head, h_SD, batch, rows, nothing_drawn(S, self._steps, top), self._numbers[0]
         self._draw.prepare(*args, shape=f"{name} top {top}")
-        self._begin.prepare(self._ends, rows, rank=rank, top=top, shape=name)
+        self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
+        self._embed.prepare(self._ends, *_newest(rows), rank=rank, shape=name)
 
     def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
         """Are the programs compiled that decode S rows?"""
         name = batch_name((S, 1), adapter)
-        begin = self._begin.is_ready(name, rank=adapter_rank(adapter), top=top)
-        return begin and self._layer.is_ready(name) and self._draw.is_ready(f"{name} top {top}")
+        return self._layer.is_ready(name) and self._draw.is_ready(f"{name} top {top}")
+
+    def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
+        """Are the programs compiled that prefill a batch of this shape?"""
+        return self._layer.is_ready(batch_name(shape, adapter))
 
     def forget_adapter(self) -> None:
         """Keeps no adapter alive."""
@@ -186,12 +189,6 @@ class LayerByLayer:
     def _normed(self, ends, h_MD, positions_RT):
         return self._final_norm(ends, h_MD).reshape(*positions_RT.shape, -1)
 
-    def _begin_chunk(self, ends, rows, *, rank, top):
-        rows = Rows(*(jnp.asarray(x) for x in rows))
-        position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
-        h_SD, batch = self._embed_tokens(ends, rows.token[:, None], position_S1, rows.table, rows.slots, rank=rank)
-        return h_SD, batch, rows, nothing_drawn(rows.token.shape[0], self._steps, top)
-
     def _draw_tokens(self, ends, head, h_SD, batch, rows, drawn, step):
         """One token for every live row; (is any row still live, the new tokens' embeddings, what layers need of them, …)."""
         logits_SV = head_logits(self._final_norm(ends, h_SD), unembedding(self._cfg, ends), head, batch.slots)
@@ -199,3 +196,8 @@ class LayerByLayer:
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
         batch = batch._replace(positions=position_S1, rope=self._rope(position_S1))
         return jnp.any(rows.live), ends["embed.embedding"][rows.token], batch, rows, drawn
+
+
+def _newest(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's newest token as a batch: tokens and positions [S, 1], tables, adapter slots."""
+    return rows.token[:, None], np.where(rows.live, rows.position, -1)[:, None], rows.table, rows.slots

@@ -113,6 +113,24 @@ class ModelRunner:
                 return size
         return sizes[0]
 
+    def prefill_size_to_use(self, sizes: Sequence[int], T: int, adapter: Adapter | None) -> int:
+        """How many rows of T tokens to prefill in one call.
+
+        Args:
+            sizes: numbers of rows, falling; the first takes everything that waits.
+            T: tokens of a row.
+            adapter: as in `prefill`.
+
+        Returns:
+            The first, unless its programs are not there and those of fewer rows are: then these serve, in more calls, while
+            the programs of the first are compiled on another thread.
+        """
+        ready = next((size for size in sizes if self._model.is_ready_to_prefill((size, T), adapter)), sizes[0])
+        if ready != sizes[0]:
+            tokens, positions, tables, slots = (np.zeros((sizes[0], n), np.int32) for n in (T, T, self._width, 2))
+            self._model.prepare_prefill(adapter, self._pages, tokens, positions, tables, slots)
+        return ready
+
     def _prepare_decode(self, size: int, adapter: Adapter | None, top: int) -> None:
         self._model.prepare_decode(adapter, self._pages, Rows.empty(size, self._width), top)
 

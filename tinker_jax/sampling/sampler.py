@@ -293,10 +293,13 @@ class Sampler:
             [(sequence, start) for sequence in sequences for start in chunks(sequence)][: self._chunks[T][-1]]
             for sequences in self._scheduler.by_part(unready)
         ]
-        R = _smallest(self._chunks[T], max(map(len, planned)))
-        placed = [row for rows in planned for row in (*rows, *[None] * (R - len(rows)))]
+        placed: list[tuple[Sequence, int] | None] = [row for rows in planned for row in rows]
         try:
             adapter = self._scheduler.slots.tree()
+            most = _smallest(self._chunks[T], max(map(len, planned)))
+            sizes = [R * self._parts for R in reversed(self._chunks[T]) if most >= R]
+            R = self._runner.prefill_size_to_use(sizes, T, adapter) // self._parts
+            placed = [row for rows in planned for row in (*rows[:R], *[None] * (R - len(rows)))]
             sizes, top = self._sizes(self._scheduler.running), max(s.group.top for s in self._scheduler.running)
             h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row, T) for row in placed], T, then=(sizes, top))
             self._score(placed, h_RTD)

@@ -53,9 +53,9 @@ class WholeModel:
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
     ) -> None:
         """Has what a prefill of this shape needs compiled on another thread."""
-        shape = batch_name(tokens_RT.shape, adapter)
-        if not self._prefill.is_ready(shape):
-            self._prefill.prepare(self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2, shape=shape)
+        if not self.is_ready_to_prefill(tokens_RT.shape, adapter):
+            args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
+            self._prefill.prepare(*args, shape=batch_name(tokens_RT.shape, adapter))
 
     def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> None:
         """Has what decoding such rows needs compiled on another thread."""
@@ -66,6 +66,10 @@ class WholeModel:
     def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
         """Is the program compiled that decodes S rows?"""
         return self._decode.is_ready(batch_name((S,), adapter), top=top)
+
+    def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
+        """Is the program compiled that prefills a batch of this shape?"""
+        return self._prefill.is_ready(batch_name(shape, adapter))
 
     def forget_adapter(self) -> None:
         """There is nothing to do: no adapter is kept."""
@@ -99,6 +103,6 @@ class WholeModel:
             rows, drawn = advance(head_logits(h_SD, kernel_VD, head, slots), rows, drawn, step)
             return step + 1, pages, rows, drawn
 
-        start = jnp.int32(0), pages, rows, nothing_drawn(rows.token.shape[0], self._steps, top)
+        start = jnp.int32(0), pages, rows, jax.tree.map(jnp.asarray, nothing_drawn(rows.token.shape[0], self._steps, top))
         _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, start)
         return pages, drawn
