@@ -53,7 +53,7 @@ def test_the_flops_of_a_small_model_are_those_written_out():
     scores_and_values = 2 * 2 * (2 * 4 * 16) * (10 * 11 // 2 + 30 * 31 // 2) / 40  # layers × two products × 2 N H × pairs
     model = 4 * (linear + head) + 3 * scores_and_values
     assert train_gpu.flops_per_token(cfg, [10, 30]) == model
-    none = model + 2 * head + scores_and_values / 2
+    none = model + scores_and_values / 2
     again = 2 * (linear - 2 * 64 * 96)
     assert train_gpu.flops_per_token(cfg, [10, 30], "none", "tpu") == none
     assert train_gpu.flops_per_token(cfg, [10, 30], "attention", "tpu") == none + again

@@ -6,6 +6,7 @@ width and vocabulary. GSPMD derives the collectives.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,19 @@ def named(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device of the mesh."""
     return NamedSharding(mesh, P())
+
+
+def host_view(x: jax.Array) -> np.ndarray:
+    """The memory of an array that lies on one CPU device, read-only, without a copy.
+
+    `np.asarray` would do the same, but the array keeps what it returns, which holds on to the array: both would stay until
+    the garbage collector comes.
+    """
+    buffer: Any = (ctypes.c_char * x.nbytes).from_address(x.block_until_ready().unsafe_buffer_pointer())
+    buffer.owner = x
+    view = np.frombuffer(buffer, x.dtype).reshape(x.shape)
+    view.flags.writeable = False
+    return view
 
 
 def parts(mesh: Mesh, axis: str) -> int:

@@ -87,6 +87,7 @@ def failing(function, calls, error=OUT_OF_MEMORY):
             raise error
         return function(*args, **kwargs)
 
+    call.prepare = getattr(function, "prepare", None)
     return call
 
 
@@ -96,7 +97,13 @@ def test_queued_steps_are_dispatched_before_the_first_is_read_and_give_the_same_
 
     def recording(name):
         program = getattr(trainer, name)
-        return lambda *args, **kwargs: (dispatched.append(name), program(*args, **kwargs))[1]
+
+        def call(*args, **kwargs):
+            dispatched.append(name)
+            return program(*args, **kwargs)
+
+        call.prepare = program.prepare
+        return call
 
     def wait_and_read(arrays):
         assert gate.wait(60)

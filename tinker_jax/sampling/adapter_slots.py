@@ -18,6 +18,7 @@ import numpy as np
 from tinker_jax import lora
 from tinker_jax.lora import Adapter
 from tinker_jax.programs import Program
+from tinker_jax.sharding import host_view
 
 MOST_SLOT_RANK = 512
 """Summed ranks of the adapters in one batch; a request whose adapter finds no room waits. One adapter of any rank fits."""
@@ -53,8 +54,9 @@ class AdapterSlots:
     def finite(self, adapter: Adapter) -> bool:
         """Are all of an adapter's numbers finite? One that is not would reach the rows of others: 0 · nan is nan."""
         leaves = jax.tree.leaves(adapter)
-        if all(device.platform == "cpu" for leaf in leaves for device in leaf.devices()):
-            return all(np.isfinite(leaf).all() for leaf in map(np.asarray, leaves))  # where they lie: nothing to compile
+        devices = {device for leaf in leaves for device in leaf.devices()}
+        if len(devices) == 1 and devices.pop().platform == "cpu":
+            return all(np.isfinite(host_view(leaf)).all() for leaf in leaves)  # where they lie: nothing to compile
         return bool(self._finite(adapter, shape=describe(adapter)))
 
     def join(self, weights: Hashable, adapter: Adapter | None) -> None:
