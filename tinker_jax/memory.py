@@ -19,7 +19,7 @@ from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
 
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
-_MOST_TOKENS_CPU = 2048  # measured (docs/performance.md): more of it stays in the cache
+_MOST_TOKENS_CPU = 1024  # measured (docs/performance.md): more of it stays in the cache
 _LEAST_TOKENS = 2048
 _MOST_CACHED_CPU = 1 << 16  # tokens; a CPU decodes a few dozen rows at a time, and writes every page of the cache at the start
 _RANK = 32  # Tinker's default; no adapter is known when the plan is made

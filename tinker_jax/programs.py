@@ -80,8 +80,12 @@ class Program:
         """
         new, future = self._claim(_key(shape, static))
         if new:
-            _compilers.submit(self._compile, future, jax.tree.map(_abstract, args), shape, static, _precision())
+            _compilers.submit(self._compile, future, jax.tree.map(_abstract, args), shape, static, precision())
         return future
+
+    def shapes(self, *args: Any, **static: Any) -> Any:
+        """What a call would return, as `jax.ShapeDtypeStruct`s."""
+        return self._jit.eval_shape(*args, **static)
 
     def is_ready(self, shape: str, **static: Any) -> bool:
         """Would a call with these shapes run at once?"""
@@ -96,7 +100,7 @@ class Program:
     def _compile_here(self, args: Any, shape: str, static: dict[str, Any]) -> None:
         new, future = self._claim(_key(shape, static))
         if new:
-            self._compile(future, args, shape, static, _precision())
+            self._compile(future, args, shape, static, precision())
         try:
             future.result()
         except BaseException:
@@ -142,8 +146,8 @@ def _key(shape: str, static: dict[str, Any]) -> Any:
     return shape, tuple(sorted(static.items()))
 
 
-def _precision() -> Any:
-    """Of this thread; a program belongs to the precision under which it is called."""
+def precision() -> Any:
+    """The precision of matrix products on this thread. A program belongs to the one under which it is called."""
     config: Any = jax.config
     return config.jax_default_matmul_precision
 

@@ -87,6 +87,21 @@ def host_view(x: jax.Array) -> np.ndarray:
     return view
 
 
+def views_of_layers(stacked: Any, count: int) -> list[Any]:
+    """Each layer of arrays stacked on a leading axis that lie on JAX's default device, a CPU.
+
+    No copies as long as a layer begins where XLA can read it: at a multiple of 64 bytes.
+    """
+    host = jax.tree.map(host_view, stacked)
+    return [jax.device_put(jax.tree.map(lambda x, at=at: x[at], host)) for at in range(count)]
+
+
+def on_default_cpu(mesh: Mesh) -> bool:
+    """Is the mesh one CPU device, the one that JAX uses by itself?"""
+    device = mesh.devices.flat[0]
+    return mesh.size == 1 and device.platform == "cpu" and device == jax.local_devices()[0]
+
+
 def parts(mesh: Mesh, axis: str) -> int:
     """How many pieces the mesh cuts a logical axis into."""
     mesh_axes = RULES[axis]

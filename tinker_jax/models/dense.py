@@ -79,6 +79,23 @@ class Block(nnx.Module):
         (down_MD,) = linears(jax.nn.silu(gate_MF) * up_MF, "down_proj")
         return h_MD + down_MD
 
+    def forward(
+        self,
+        h_MD: jax.Array,
+        segment_ids_BT: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        lora: Mapping[str, Any],
+        attention: Callable[..., jax.Array],
+    ) -> jax.Array:
+        """This layer's part of `Decoder.forward`."""
+        cfg, (B, T) = self.cfg, segment_ids_BT.shape
+
+        def attend(q, k, v):
+            q, k, v = (x.reshape(B, T, -1, cfg.H) for x in (q, k, v))
+            return attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5).reshape(B * T, cfg.N, cfg.H)
+
+        return self(h_MD, rope, lora, attend)
+
     def extend(
         self,
         h_MD: jax.Array,
@@ -140,20 +157,14 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states after the final norm [B·T, D].
         """
-        cfg, (B, T) = self.cfg, tokens_BT.shape
-        rope = rope_table(cfg.rope, cfg.H, positions_BT.reshape(B * T))
-
-        def attend(q, k, v):
-            q, k, v = (x.reshape(B, T, -1, cfg.H) for x in (q, k, v))
-            return attention(q, k, v, segment_ids_BT, scale=cfg.H**-0.5).reshape(B * T, cfg.N, cfg.H)
+        rope = rope_table(self.cfg.rope, self.cfg.H, positions_BT.reshape(-1))
 
         def layer(h_MD, xs):
             block, factors = xs
-            return block(h_MD, rope, factors, attend), None
+            return block.forward(h_MD, segment_ids_BT, rope, factors, attention), None
 
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*_KEPT[remat]))
-        h_MD = self.embedding_VD[...][tokens_BT.reshape(B * T)]
-        h_MD, _ = jax.lax.scan(layer, h_MD, (self.layers, (lora or {}).get("layers", {})))
+        h_MD = self.embedding_VD[...][tokens_BT.reshape(-1)]
+        h_MD, _ = jax.lax.scan(rematerialised(layer, remat), h_MD, (self.layers, (lora or {}).get("layers", {})))
         return self.final_norm(h_MD)
 
     def unstacked(self, lora: Mapping[str, Any] | None = None) -> Layers:
@@ -207,6 +218,11 @@ class Decoder(nnx.Module):
                 carry, _ = layer(carry, (own, at))
         h_MD, pages = carry
         return self.final_norm(h_MD), pages
+
+
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """A layer whose derivative computes again what `_KEPT` does not name."""
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*_KEPT[remat]))
 
 
 def unembedding(cfg: DecoderConfig, params: Params) -> jax.Array:

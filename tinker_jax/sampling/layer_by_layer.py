@@ -23,7 +23,7 @@ from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
-from tinker_jax.sharding import host_view
+from tinker_jax.sharding import host_view, views_of_layers
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,7 @@ class LayerByLayer:
     def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int) -> None:
         self._cfg, self._paged, self._steps = cfg, paged, steps
         in_layers = {name: x for name, x in params.items() if name.startswith("layers.")}
-        self._layers = self._views(in_layers)
+        self._layers = views_of_layers(in_layers, cfg.L)
         self._ends = jax.device_put({name: host_view(x) for name, x in params.items() if name not in in_layers})
         self._numbers = [jax.device_put(np.int32(at)) for at in range(max(cfg.L, steps))]
         self._adapter: Adapter | None = None
@@ -149,16 +149,11 @@ class LayerByLayer:
 
     # -- weights ---------------------------------------------------------------------------------------------------------
 
-    def _views(self, stacked: Any) -> list[Any]:
-        """Each layer of stacked arrays, no copies as long as it begins where XLA can read it: at a multiple of 64 bytes."""
-        host = jax.tree.map(host_view, stacked)
-        return [jax.device_put(jax.tree.map(lambda x, at=at: x[at], host)) for at in range(self._cfg.L)]
-
     def _use(self, adapter: Adapter | None) -> None:
         if adapter is self._adapter:
             return
         layers, head = (adapter or {}).get("layers"), (adapter or {}).get("lm_head")
-        self._factors = self._views(layers) if layers else self._no_factors
+        self._factors = views_of_layers(layers, self._cfg.L) if layers else self._no_factors
         self._head = head and jax.device_put(jax.tree.map(host_view, head))
         self._adapter = adapter
 

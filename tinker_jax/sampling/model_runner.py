@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import Pages, paged_attention_on
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
@@ -57,8 +58,7 @@ class ModelRunner:
         self._cfg, self._pages_each = cfg, pages
         self._width = pages_for(cfg.context_length)
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
-        device = mesh.devices.flat[0]
-        self._by_layer = mesh.size == 1 and device.platform == "cpu" and device == jax.local_devices()[0]
+        self._by_layer = sharding.on_default_cpu(mesh)
         self._model = (
             LayerByLayer(cfg, params, self._paged, STEPS)
             if self._by_layer

@@ -39,6 +39,12 @@ class MicroBatch:
     inputs: dict[str, np.ndarray]
     places: tuple[tuple[int, int, int, int], ...]
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a program gets, by name."""
+        names = ("tokens", "positions", "segments", "sequences")
+        return {name: getattr(self, name) for name in names} | self.inputs
+
 
 def bucket(n: int) -> int:
     """The smallest row length that holds n tokens: a power of two from `MIN_ROW`, or 1.5 times one from `LONG_ROW`."""

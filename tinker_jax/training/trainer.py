@@ -17,16 +17,17 @@ import numpy as np
 
 from tinker_jax import lora as lora_lib
 from tinker_jax import memory, optim, sharding
-from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
-from tinker_jax.kernels.linear_cross_entropy import default_block, default_tile, linear_cross_entropy
-from tinker_jax.losses import Packing, combine_metrics, default_config, evaluate
+from tinker_jax.kernels.attention import MAX_SEGMENTS
+from tinker_jax.losses import combine_metrics, default_config
 from tinker_jax.memory import OutOfMemory, Plan, out_of_memory
-from tinker_jax.models import dense
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.weights import lora_targets
 from tinker_jax.programs import Program
-from tinker_jax.training.packing import MicroBatch, bucket, pack, unpack
+from tinker_jax.training.layer_by_layer import LayerByLayer
+from tinker_jax.training.objective import Call
+from tinker_jax.training.packing import bucket, pack, unpack
 from tinker_jax.training.pending import Pending
+from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
 from tinker_jax.types.loss_specs import LOSS_SPECS
 
@@ -80,19 +81,21 @@ class Trainer:
     """
 
     def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: jax.sharding.Mesh, plan: Plan) -> None:
-        self._cfg, self._params, self._mesh, self._plan = cfg, params, mesh, plan
+        self._mesh, self._plan = mesh, plan
         self._targets = lora_targets(cfg)
         self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
-        static = ("loss_fn", "backward", "remat", "trained")
-        self._step = Program(self._step_fn, "train_step", static=static)
         self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(1,))
         self._update = Program(optim.adamw, "optim_step")
+        self._model = (
+            LayerByLayer(cfg, params, mesh, self._add)
+            if sharding.on_default_cpu(mesh)
+            else WholeModel(cfg, params, mesh, self.adapter_shardings, self._add)
+        )
 
     @property
     def programs(self) -> int:
         """Number of training programs compiled so far, the optimiser's left out."""
-        return self._step.count
+        return self._model.programs
 
     # ---- adapters ----
 
@@ -154,13 +157,15 @@ class Trainer:
             most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
         )
         widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
+        shape = _adapter_shape(state.lora)
+        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, groups(state.lora), shape)
         if backward:  # its program will be there when it is asked for
             hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
-            self._update.prepare(state.params, state.params, state.opt, hyper, shape=_adapter_shape(state.lora))
+            self._update.prepare(state.params, state.params, state.opt, hyper, shape=shape)
         with out_of_memory(plan, widest, least):
-            outputs, grads = self._dispatch(state, batches, loss_fn, values, backward)
+            outputs, grads = self._model.run(call)
             if backward and state.grads is not None:
-                grads = self._add(state.grads, grads, shape=_adapter_shape(state.lora))
+                grads = self._add(state.grads, grads, shape=shape)
         if backward:
             state.grads = grads
 
@@ -174,67 +179,6 @@ class Trainer:
             return logprobs, combine_metrics([raw for _, raw in host])
 
         return Pending(read, undo)
-
-    def _dispatch(self, state, batches, loss_fn, values, backward: bool) -> tuple[list[Any], lora_lib.Adapter | None]:
-        """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients)."""
-        total, outputs = None, []
-        for batch in batches:
-            grads, *output = self._step(
-                state.params,
-                np.float32(state.scale),
-                self._params,
-                jax.device_put(_arrays(batch), self._rows_of(batch)),
-                values,
-                shape=f"{_shape(batch, state.lora)} {loss_fn}{' backward' if backward else ''}",
-                loss_fn=loss_fn,
-                backward=backward,
-                remat=self._plan.remat,
-                trained=groups(state.lora),
-            )
-            outputs.append(output)
-            total = grads if total is None else self._add(total, grads, shape=_adapter_shape(state.lora))
-        return outputs, total
-
-    def _rows_of(self, batch: MicroBatch) -> dict[str, jax.sharding.Sharding]:
-        return {k: sharding.named(self._mesh, ("rows",) + (None,) * (x.ndim - 1)) for k, x in _arrays(batch).items()}
-
-    def _step_fn(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained):
-        """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
-        cfg = self._cfg
-        inputs = dict(batch)
-        tokens, positions, segments, sequences = (inputs.pop(k) for k in ("tokens", "positions", "segments", "sequences"))
-        B, T = tokens.shape
-        flat = {k: x.reshape((B * T, *x.shape[2:])) for k, x in inputs.items()}
-        targets = flat.pop("target_tokens")
-
-        def loss(adapter):
-            factors = lora_lib.scaled(adapter, scale)
-            decoder = dense.Decoder(cfg, params)
-            h_MD = decoder.forward(tokens, positions, segments, factors, remat=remat, attention=self._attention)
-            # Gathered over `fsdp` once, or every tile would gather it again.
-            kernel_VD = jax.lax.with_sharding_constraint(
-                dense.unembedding(cfg, params), sharding.named(self._mesh, ("vocab", None))
-            )
-            block = default_block(cfg.V) if self._mesh.shape["tensor"] == 1 else cfg.V
-            head = linear_cross_entropy(
-                h_MD,
-                kernel_VD,
-                targets.reshape(B * T, -1),
-                lora=factors.get("lm_head"),
-                entropy=loss_fn != "cross_entropy",
-                tile=default_tile(cfg.V, block) * self._row_shards,
-                block=block,
-            )
-            logprobs = head.logprobs_MK.reshape(targets.shape)
-            packing = Packing(segments.reshape(B * T) > 0, sequences.reshape(B * T), B * T)
-            out = evaluate(loss_fn, logprobs, flat, config, packing, head.entropy_M)
-            return jnp.sum(out.per_token_loss), (logprobs.reshape((B, T, *targets.shape[1:])), out.metrics)
-
-        if not backward:
-            _, (logprobs, raw) = loss(adapter)
-            return None, logprobs, raw
-        grads, (logprobs, raw) = jax.grad(loss, has_aux=True)(adapter)
-        return jax.lax.with_sharding_constraint(grads, self.adapter_shardings(trained)), logprobs, raw
 
     # ---- optim_step ----
 
@@ -352,21 +296,5 @@ def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) 
     return out
 
 
-def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
-    return {
-        "tokens": batch.tokens,
-        "positions": batch.positions,
-        "segments": batch.segments,
-        "sequences": batch.sequences,
-        **batch.inputs,
-    }
-
-
 def _adapter_shape(lora: LoraConfig) -> str:
     return f"rank={lora_lib.bucket(lora.rank)} {'+'.join(groups(lora))}"
-
-
-def _shape(batch: MicroBatch, lora: LoraConfig) -> str:
-    B, T = batch.tokens.shape
-    wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
-    return f"rows={B} length={T} {_adapter_shape(lora)}{wide}"

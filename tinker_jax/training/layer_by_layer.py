@@ -1,0 +1,211 @@
+"""A micro-batch on a CPU: one program for a layer's forward pass and one for its backward pass, called for all layers in turn.
+
+A program over the whole model keeps what its layers made in arrays with a layer axis, which are filled with zeros, written to
+and read from again, and takes one piece of memory for all its temporaries, which the system clears at every call. Here nothing
+is copied, the first layers are at work while the programs of the last are compiled, and two micro-batches run side by side:
+what only one core can do in one of them is hidden behind the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tinker_jax import lora as lora_lib
+from tinker_jax.kernels.attention import attention_on
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Block, Params, rematerialised
+from tinker_jax.models.layers import RMSNorm, rope_table
+from tinker_jax.programs import Program, precision
+from tinker_jax.sharding import host_view, views_of_layers
+from tinker_jax.training.objective import Call, loss_of_hidden
+from tinker_jax.training.packing import MicroBatch
+
+LANES = 2
+"""Micro-batches at work at once."""
+
+Output = tuple[jax.Array, Any]
+
+
+class LayerByLayer:
+    """Training programs of a model on JAX's default device, a CPU.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights, on that device.
+        mesh: of that device.
+        add: program that sums two adapters' trees and donates the second.
+    """
+
+    def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, add: Program) -> None:
+        self._cfg, self._mesh, self._add = cfg, mesh, add
+        in_layers = {name: x for name, x in params.items() if name.startswith("layers.")}
+        self._layers = views_of_layers(in_layers, cfg.L)
+        self._ends = jax.device_put({name: host_view(x) for name, x in params.items() if name not in in_layers})
+        self._numbers = [jax.device_put(np.int32(at)) for at in range(cfg.L)]
+        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._embed = Program(self._embed_tokens, "embedding")
+        self._forward = Program(self._forward_layer, "layer forward", static=("remat", "backward"))
+        self._loss = Program(self._loss_and_gradients, "loss", static=("loss_fn", "backward"))
+        self._backward = Program(self._backward_layer, "layer backward", static=("remat",), donate=(0, 1))
+        self._lanes = ThreadPoolExecutor(LANES, "tinker_jax-lane")
+
+    @property
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return sum(p.count for p in (self._embed, self._forward, self._loss, self._backward))
+
+    def run(self, call: Call) -> tuple[list[Output], lora_lib.Adapter | None]:
+        """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients)."""
+        # Without a device of its own, as everything that the programs get: they would be compiled again for another placing.
+        adapter = jax.device_put(jax.tree.map(host_view, call.adapter))
+        outputs: list[Any] = [None] * len(call.batches)
+        now = precision()
+
+        def lane(numbers: Sequence[int]) -> lora_lib.Adapter | None:
+            with jax.default_matmul_precision(now):
+                return self._one_after_the_other(call, adapter, numbers, outputs)
+
+        first, *others = _share([batch.tokens.size for batch in call.batches])
+        futures = [self._lanes.submit(lane, numbers) for numbers in others]
+        try:
+            grads = lane(first)
+        finally:
+            wait(futures)
+        for future in futures:
+            grads = future.result() if grads is None else self._add(grads, future.result(), shape=call.adapter_shape)
+        if grads is not None:
+            grads = jax.device_put(grads, jax.tree.map(lambda x: x.sharding, call.adapter))
+        return outputs, grads
+
+    def _one_after_the_other(
+        self, call: Call, adapter: lora_lib.Adapter, numbers: Sequence[int], outputs: list[Any]
+    ) -> lora_lib.Adapter | None:
+        """Each micro-batch begins when the one before it is done, and what that kept is gone."""
+        total = None
+        if call.backward:
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter)
+            total = jax.device_put(zeros, may_alias=False)  # it will be written to
+        for before, number in zip([None, *numbers], numbers, strict=False):
+            if before is not None:
+                jax.block_until_ready((outputs[before], total))
+            outputs[number], total = self._micro_batch(call, adapter, call.batches[number], total)
+        return total
+
+    def _micro_batch(
+        self, call: Call, adapter: lora_lib.Adapter, batch: MicroBatch, total: lora_lib.Adapter | None
+    ) -> tuple[Output, lora_lib.Adapter | None]:
+        layer, remat, scale = call.layer_shape(batch), call.remat, np.float32(call.scale)
+        factors, head, arrays = adapter.get("layers", {}), adapter.get("lm_head"), jax.device_put(batch.arrays)
+        backward = call.backward and bool(factors)
+        self._prepare(call, batch, adapter, arrays, total)
+        h_MD, rope = self._embed(self._ends, arrays["tokens"], arrays["positions"], shape=layer)
+        others, kept = (scale, rope, arrays["segments"]), []
+        for at, params in zip(self._numbers, self._layers, strict=True):
+            inputs = params, factors, at, h_MD
+            h_MD, own = self._forward(*inputs, *others, shape=layer, remat=remat, backward=backward)
+            kept.append((inputs, own))
+        total_head = None if total is None else total.get("lm_head")
+        g_MD, total_head, *output = self._loss(
+            total_head, self._ends, head, scale, h_MD, arrays, call.config,
+            shape=call.shape(batch), loss_fn=call.loss_fn, backward=call.backward,
+        )  # fmt: skip
+        if total is None:
+            return tuple(output), None
+        in_layers = total.get("layers")
+        while backward and kept:
+            inputs, own = kept.pop()
+            in_layers, g_MD = self._backward(in_layers, g_MD, own, *inputs, *others, shape=layer, remat=remat)
+        return tuple(output), {k: x for k, x in (("layers", in_layers), ("lm_head", total_head)) if x is not None}
+
+    def _prepare(self, call: Call, batch: MicroBatch, adapter: lora_lib.Adapter, arrays: Any, total: Any) -> None:
+        """Has what a micro-batch needs compiled on other threads, in the order in which it is needed."""
+        layer, remat, scale = call.layer_shape(batch), call.remat, np.float32(call.scale)
+        factors, head = adapter.get("layers", {}), adapter.get("lm_head")
+        backward = call.backward and bool(factors)
+        if self._loss.is_ready(call.shape(batch), loss_fn=call.loss_fn, backward=call.backward):
+            return
+        ends = self._ends, arrays["tokens"], arrays["positions"]
+        self._embed.prepare(*ends, shape=layer)
+        h_MD, rope = self._embed.shapes(*ends)
+        inputs = self._layers[0], factors, self._numbers[0], h_MD, scale, rope, arrays["segments"]
+        self._forward.prepare(*inputs, shape=layer, remat=remat, backward=backward)
+        total_head = None if total is None else total.get("lm_head")
+        self._loss.prepare(
+            total_head, self._ends, head, scale, h_MD, arrays, call.config,
+            shape=call.shape(batch), loss_fn=call.loss_fn, backward=call.backward,
+        )  # fmt: skip
+        if backward:
+            h_MD, own = self._forward.shapes(*inputs, remat=remat, backward=True)
+            self._backward.prepare(total["layers"], h_MD, own, *inputs, shape=layer, remat=remat)
+
+    # ---- programs ----
+
+    def _embed_tokens(self, ends, tokens, positions):
+        return ends["embed.embedding"][tokens.reshape(-1)], rope_table(self._cfg.rope, self._cfg.H, positions.reshape(-1))
+
+    def _forward_layer(self, params, factors, at, h_MD, scale, rope, segments, *, remat, backward):
+        """(hidden states, what `_backward_layer` takes as `kept`)"""
+        layer = self._layer(params, scale, rope, segments, remat)
+        own = _one_of(factors, at)
+        if not backward:
+            return layer(h_MD, own), []
+        h_out_MD, pullback = jax.vjp(layer, h_MD, own)
+        leaves, given = jax.tree.leaves(pullback), _ids((params, own, h_MD, scale, rope, segments))
+        return h_out_MD, [x for x in leaves if id(x) not in given]
+
+    def _backward_layer(self, total, g_MD, kept, params, factors, at, h_MD, scale, rope, segments, *, remat):
+        """(gradients of all layers with this one's added, gradient of its input)"""
+        own = _one_of(factors, at)
+        # Traced as in the forward pass, whose results stand in for what this would compute again: XLA drops that.
+        _, pullback = jax.vjp(self._layer(params, scale, rope, segments, remat), h_MD, own)
+        (leaves, tree), given = jax.tree.flatten(pullback), _ids((params, own, h_MD, scale, rope, segments))
+        kept = iter(kept)
+        g_MD, grads = jax.tree.unflatten(tree, [x if id(x) in given else next(kept) for x in leaves])(g_MD)
+
+        def add(x, g):
+            return jax.lax.dynamic_update_index_in_dim(x, jax.lax.dynamic_index_in_dim(x, at, keepdims=False) + g, at, 0)
+
+        return jax.tree.map(add, total, grads), g_MD
+
+    def _layer(self, params, scale, rope, segments, remat):
+        def layer(h_MD, factors):
+            return Block(self._cfg, params).forward(h_MD, segments, rope, lora_lib.scaled(factors, scale), self._attention)
+
+        return rematerialised(layer, remat)
+
+    def _loss_and_gradients(self, total_head, ends, head, scale, h_MD, batch, config, *, loss_fn, backward):
+        """(gradient of the hidden states, gradients of the head's adapter with these added, log-probabilities, raw metrics)"""
+
+        def loss(h_MD, head):
+            h_MD = RMSNorm(ends["final_norm.scale"], self._cfg.norm_eps)(h_MD)
+            scaled = None if head is None else lora_lib.scaled(head, scale)
+            return loss_of_hidden(self._cfg, ends, self._mesh, loss_fn, h_MD, scaled, batch, config)
+
+        if not backward:
+            _, (logprobs, raw) = loss(h_MD, head)
+            return None, None, logprobs, raw
+        (g_MD, grads), (logprobs, raw) = jax.grad(loss, argnums=(0, 1), has_aux=True)(h_MD, head)
+        return g_MD, jax.tree.map(jnp.add, total_head, grads), logprobs, raw
+
+
+def _share(sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of the micro-batches of each lane: the same for the same sizes, since it decides in which order sums are made."""
+    lanes: list[list[int]] = [[] for _ in range(min(LANES, len(sizes)))]
+    for number in range(len(sizes)):
+        min(lanes, key=lambda lane: sum(sizes[i] for i in lane)).append(number)
+    return lanes
+
+
+def _one_of(stacked: Any, at: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, keepdims=False), stacked)
+
+
+def _ids(tree: Any) -> set[int]:
+    return {id(x) for x in jax.tree.leaves(tree)}

@@ -1,0 +1,105 @@
+"""What a forward_backward computes: the loss of packed micro-batches under one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tinker_jax import lora as lora_lib
+from tinker_jax import sharding
+from tinker_jax.kernels.linear_cross_entropy import default_block, default_tile, linear_cross_entropy
+from tinker_jax.losses import Packing, evaluate
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Params, Remat, unembedding
+from tinker_jax.training.packing import MicroBatch
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward or forward_backward.
+
+    Attributes:
+        adapter: its parameters.
+        scale: factor of the low-rank update.
+        batches: packed data.
+        loss_fn: name in `LOSS_SPECS`.
+        config: complete configuration of the loss.
+        backward: also compute gradients.
+        remat: what layers keep for the backward pass.
+        trained: groups of the adapter that are trained.
+        adapter_shape: names the adapter's shapes.
+    """
+
+    adapter: lora_lib.Adapter
+    scale: float
+    batches: Sequence[MicroBatch]
+    loss_fn: str
+    config: Mapping[str, np.float32]
+    backward: bool
+    remat: Remat
+    trained: tuple[str, ...]
+    adapter_shape: str
+
+    def shape(self, batch: MicroBatch) -> str:
+        """Names the shapes of a micro-batch's loss; equal names mean equal shapes."""
+        wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
+        return f"{self.layer_shape(batch)}{wide} {self.loss_fn}{' backward' if self.backward else ''}"
+
+    def layer_shape(self, batch: MicroBatch) -> str:
+        """Names the shapes of a micro-batch within the layers."""
+        B, T = batch.tokens.shape
+        return f"rows={B} length={T} {self.adapter_shape}"
+
+
+def loss_of_hidden(
+    cfg: DecoderConfig,
+    params: Params,
+    mesh: Mesh,
+    loss_fn: str,
+    h_MD: jax.Array,
+    head: Mapping[str, jax.Array] | None,
+    batch: Mapping[str, jax.Array],
+    config: Mapping[str, Any],
+) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
+    """The loss of a micro-batch.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights, of which the unembedding is read.
+        mesh: devices.
+        loss_fn: name in `LOSS_SPECS`.
+        h_MD: hidden states after the final norm, M = B·T.
+        head: the unembedding's adapter, scaled, if it has one.
+        batch: `MicroBatch.arrays`.
+        config: complete configuration of the loss.
+
+    Returns:
+        The loss, a sum over tokens, and beside it log-probabilities [B, T(, K)] and raw metrics.
+    """
+    inputs = dict(batch)
+    tokens, _, segments, sequences = (inputs.pop(k) for k in ("tokens", "positions", "segments", "sequences"))
+    B, T = tokens.shape
+    flat = {k: x.reshape((B * T, *x.shape[2:])) for k, x in inputs.items()}
+    targets = flat.pop("target_tokens")
+    # Gathered over `fsdp` once, or every tile would gather it again.
+    kernel_VD = jax.lax.with_sharding_constraint(unembedding(cfg, params), sharding.named(mesh, ("vocab", None)))
+    block = default_block(cfg.V) if mesh.shape["tensor"] == 1 else cfg.V
+    output = linear_cross_entropy(
+        h_MD,
+        kernel_VD,
+        targets.reshape(B * T, -1),
+        lora=head,
+        entropy=loss_fn != "cross_entropy",
+        tile=default_tile(cfg.V, block) * mesh.shape["data"] * mesh.shape["fsdp"],
+        block=block,
+    )
+    logprobs = output.logprobs_MK.reshape(targets.shape)
+    packing = Packing(segments.reshape(B * T) > 0, sequences.reshape(B * T), B * T)
+    out = evaluate(loss_fn, logprobs, flat, config, packing, output.entropy_M)
+    return jnp.sum(out.per_token_loss), (logprobs.reshape((B, T, *targets.shape[1:])), out.metrics)

@@ -1,0 +1,80 @@
+"""A micro-batch as one program, its layers scanned: for accelerators and meshes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tinker_jax import lora as lora_lib
+from tinker_jax import sharding
+from tinker_jax.kernels.attention import attention_on
+from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import Decoder, Params
+from tinker_jax.programs import Program
+from tinker_jax.training.objective import Call, loss_of_hidden
+from tinker_jax.training.packing import MicroBatch
+
+
+class WholeModel:
+    """Training programs of a model.
+
+    Args:
+        cfg: shape of the model.
+        params: base weights, placed on the mesh.
+        mesh: devices.
+        places: from trained groups to the sharding of every gradient.
+        add: program that sums two adapters' trees and donates the second.
+    """
+
+    def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, places: Any, add: Program) -> None:
+        self._cfg, self._params, self._mesh, self._places, self._add = cfg, params, mesh, places, add
+        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained"))
+
+    @property
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return self._step.count
+
+    def run(self, call: Call) -> tuple[list[tuple[jax.Array, Any]], lora_lib.Adapter | None]:
+        """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients)."""
+        total, outputs = None, []
+        for batch in call.batches:
+            grads, *output = self._step(
+                call.adapter,
+                np.float32(call.scale),
+                self._params,
+                jax.device_put(batch.arrays, self.rows_of(batch)),
+                call.config,
+                shape=call.shape(batch),
+                loss_fn=call.loss_fn,
+                backward=call.backward,
+                remat=call.remat,
+                trained=call.trained,
+            )
+            outputs.append(tuple(output))
+            total = grads if total is None else self._add(total, grads, shape=call.adapter_shape)
+        return outputs, total
+
+    def rows_of(self, batch: MicroBatch) -> dict[str, jax.sharding.Sharding]:
+        """Where each array of a micro-batch lies."""
+        return {k: sharding.named(self._mesh, ("rows",) + (None,) * (x.ndim - 1)) for k, x in batch.arrays.items()}
+
+    def step(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained):
+        """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
+
+        def loss(adapter):
+            factors = lora_lib.scaled(adapter, scale)
+            h_MD = Decoder(self._cfg, params).forward(
+                batch["tokens"], batch["positions"], batch["segments"], factors, remat=remat, attention=self._attention
+            )
+            return loss_of_hidden(self._cfg, params, self._mesh, loss_fn, h_MD, factors.get("lm_head"), batch, config)
+
+        if not backward:
+            _, (logprobs, raw) = loss(adapter)
+            return None, logprobs, raw
+        grads, (logprobs, raw) = jax.grad(loss, has_aux=True)(adapter)
+        return jax.lax.with_sharding_constraint(grads, self._places(trained)), logprobs, raw
