@@ -68,58 +68,61 @@ def _seen(segment_ids_BT: jax.Array, window: int | None) -> tuple[jax.Array, jax
     return jnp.maximum(first, positions - window + 1), jnp.minimum(last, positions + window - 1)
 
 
-# ---- layouts: blocks of C positions first; G·C queries, or C keys, in every block ----
+# ---- layouts: blocks of C positions first, then P = B·K key heads; G·C queries, or C keys, in every block ----
+#
+# Rows and heads are one axis: a row axis of length 1 makes XLA copy every operand between two equal layouts of it.
 
 
 def _down(x_BTNH: jax.Array, K: int, C: int) -> jax.Array:
-    """[B, T, K·G, H] → [T / C, B, K, G·C, H]."""
+    """[B, T, K·G, H] → [T / C, P, G·C, H]."""
     B, T, N, H = x_BTNH.shape
     x = x_BTNH.reshape(B, T // C, C, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
-    return x.reshape(T // C, B, K, N // K * C, H)
+    return x.reshape(T // C, B * K, N // K * C, H)
 
 
 def _across(x_BTNH: jax.Array, K: int, C: int) -> jax.Array:
-    """[B, T, K·G, H] → [T / C, B, K, H, G·C]."""
+    """[B, T, K·G, H] → [T / C, P, H, G·C]."""
     B, T, N, H = x_BTNH.shape
     x = x_BTNH.reshape(B, T // C, C, K, N // K, H).transpose(1, 0, 3, 5, 4, 2)
-    return x.reshape(T // C, B, K, H, N // K * C)
+    return x.reshape(T // C, B * K, H, N // K * C)
 
 
-def _from_down(x: jax.Array) -> jax.Array:
-    """[blocks, B, K, C, H] → [B, T, K, H]."""
-    blocks, B, K, C, H = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(B, blocks * C, K, H)
+def _from_down(x: jax.Array, B: int) -> jax.Array:
+    """[blocks, P, C, H] → [B, T, K, H]."""
+    blocks, P, C, H = x.shape
+    return x.reshape(blocks, B, P // B, C, H).transpose(1, 0, 3, 2, 4).reshape(B, blocks * C, P // B, H)
 
 
-def _from_across(x: jax.Array, C: int) -> jax.Array:
-    """[blocks, B, K, H, G·C] → [B, T, K·G, H]."""
-    blocks, B, K, H, R = x.shape
-    x = x.reshape(blocks, B, K, H, R // C, C).transpose(1, 0, 5, 2, 4, 3)
-    return x.reshape(B, blocks * C, K * (R // C), H)
+def _from_across(x: jax.Array, B: int, C: int) -> jax.Array:
+    """[blocks, P, H, G·C] → [B, T, K·G, H]."""
+    blocks, P, H, R = x.shape
+    x = x.reshape(blocks, B, P // B, H, R // C, C).transpose(1, 0, 5, 2, 4, 3)
+    return x.reshape(B, blocks * C, P // B * (R // C), H)
 
 
-def _a_query(x_BT: jax.Array, G: int, C: int) -> jax.Array:
-    """One number a position, [B, T] → [T / C, B, 1, 1, G·C]."""
+def _a_query(x_BT: jax.Array, K: int, G: int, C: int) -> jax.Array:
+    """One number a position, [B, T] → [T / C, P, 1, G·C], or with 1 for P where there is one row."""
     B, T = x_BT.shape
-    return jnp.tile(x_BT.reshape(B, T // C, C).transpose(1, 0, 2), (1, 1, G))[:, :, None, None]
+    x = jnp.tile(x_BT.reshape(B, T // C, C).transpose(1, 0, 2), (1, 1, G))
+    return (x if B == 1 else jnp.repeat(x, K, axis=1))[:, :, None]
 
 
 def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(k_BKCH: jax.Array, q_BKHR: jax.Array, scale: float, j: jax.Array, first: jax.Array, own: jax.Array) -> jax.Array:
-    """Masked scores [B, K, C, R] of the keys of block j."""
-    C = k_BKCH.shape[2]
-    keys = (j * C + jnp.arange(C, dtype=jnp.int32))[None, None, :, None]
-    s = _product("BKCH,BKHR->BKCR", k_BKCH, q_BKHR) * scale
+def _scores(k_PCH: jax.Array, q_PHR: jax.Array, scale: float, j: jax.Array, first: jax.Array, own: jax.Array) -> jax.Array:
+    """Masked scores [P, C, R] of the keys of block j."""
+    C = k_PCH.shape[1]
+    keys = (j * C + jnp.arange(C, dtype=jnp.int32))[None, :, None]
+    s = _product("PCH,PHR->PCR", k_PCH, q_PHR) * scale
     return jnp.where((first <= keys) & (keys <= own), s, _MASKED)
 
 
-def _queries(first_BT: jax.Array, G: int, C: int) -> tuple[jax.Array, jax.Array]:
+def _queries(first_BT: jax.Array, K: int, G: int, C: int) -> tuple[jax.Array, jax.Array]:
     """What the mask asks of each query: the first position it sees, and its own."""
     own_BT = jnp.broadcast_to(jnp.arange(first_BT.shape[1], dtype=jnp.int32)[None], first_BT.shape)
-    return _a_query(first_BT, G, C), _a_query(own_BT, G, C)
+    return _a_query(first_BT, K, G, C), _a_query(own_BT, K, G, C)
 
 
 def _by_group(one_group: Any, rows: int, arrays: tuple[jax.Array, ...]) -> Any:
@@ -143,11 +146,11 @@ def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
     K = k_BTKH.shape[2]
     G = N // K
     if sinks_N is None:
-        top, total = jnp.full((rows, K, 1, G * C), _MASKED), jnp.zeros((rows, K, 1, G * C))
+        top, total = jnp.full((rows * K, 1, G * C), _MASKED), jnp.zeros((rows * K, 1, G * C))
     else:  # a sink is a score that every query meets first; its value is zero
-        sink = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), C, axis=1)[None, :, None]
-        top, total = jnp.broadcast_to(sink, (rows, K, 1, G * C)), jnp.ones((rows, K, 1, G * C))
-    start = (jnp.zeros((rows, K, H, G * C)), top, total)
+        sink = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), C, axis=1)[:, None]
+        top, total = jnp.tile(sink, (rows, 1, 1)), jnp.ones((rows * K, 1, G * C))
+    start = (jnp.zeros((rows * K, H, G * C)), top, total)
 
     def group(q_BTNH, k_BTKH, v_BTKH, first_BT):
         q, k, v = _across(q_BTNH, K, C), _down(k_BTKH, K, C), _across(v_BTKH, K, C)
@@ -159,11 +162,11 @@ def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
             def key_block(j, carry):
                 acc, top, total = carry
                 s = _scores(k[j], qi, scale, j, first, own)
-                new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
+                new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
                 p = jnp.exp(s - new_top)
                 shrink = jnp.exp(top - new_top)
-                pv = _product("BKHC,BKCR->BKHR", v[j], p.astype(v.dtype))
-                return acc * shrink + pv, new_top, total * shrink + jnp.sum(p, axis=2, keepdims=True)
+                pv = _product("PHC,PCR->PHR", v[j], p.astype(v.dtype))
+                return acc * shrink + pv, new_top, total * shrink + jnp.sum(p, axis=1, keepdims=True)
 
             # A query that sees nothing of a block gives it weight 1 a key; `shrink` = 0 wipes that out at its first real
             # key, which always comes: a token sees itself, in the last block.
@@ -171,8 +174,8 @@ def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
             return None, ((acc / total).astype(q.dtype), top + jnp.log(total))
 
         blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
-        _, (out, lse) = jax.lax.scan(query_block, None, (blocks, q, *_queries(first_BT, G, C), lowest))
-        return _from_across(out, C), _from_across(lse, C)
+        _, (out, lse) = jax.lax.scan(query_block, None, (blocks, q, *_queries(first_BT, K, G, C), lowest))
+        return _from_across(out, rows, C), _from_across(lse, rows, C)
 
     out_BTNH, lse_BTN1 = _by_group(group, rows, (q_BTNH, k_BTKH, v_BTKH, first_BT))
     out_BTNH, lse_BTN1 = checkpoint_name(out_BTNH, RESIDUALS), checkpoint_name(lse_BTN1, RESIDUALS)
@@ -190,9 +193,9 @@ def _backward(static, saved, grad_BTNH):
         q, q_down = _across(q_BTNH, K, C), _down(q_BTNH, K, C)
         grad, grad_down = _across(grad_BTNH, K, C), _down(grad_BTNH, K, C)
         delta, lse = _across(delta_BTN1, K, C), _across(lse_BTN1, K, C)
-        first, own = _queries(first_BT, G, C)
+        first, own = _queries(first_BT, K, G, C)
         highest = jnp.max(last_BT, axis=0).reshape(-1, C).max(axis=1) // C
-        zero = jnp.zeros((rows, K, C, H), jnp.float32)
+        zero = jnp.zeros((rows * K, C, H), jnp.float32)
 
         def key_block(dq, xs):
             j, k, k_across, v, high = xs
@@ -200,11 +203,11 @@ def _backward(static, saved, grad_BTNH):
             def query_block(i, carry):
                 dq, dk, dv = carry
                 p = jnp.exp(_scores(k, q[i], scale, j, first[i], own[i]) - lse[i])
-                dv = dv + _product("BKCR,BKRH->BKCH", p.astype(grad.dtype), grad_down[i])
-                dp = _product("BKCH,BKHR->BKCR", v, grad[i])
+                dv = dv + _product("PCR,PRH->PCH", p.astype(grad.dtype), grad_down[i])
+                dp = _product("PCH,PHR->PCR", v, grad[i])
                 ds = (p * (dp - delta[i])).astype(q.dtype)
-                dk = dk + _product("BKCR,BKRH->BKCH", ds, q_down[i])
-                dqi = _product("BKHC,BKCR->BKHR", k_across, ds)
+                dk = dk + _product("PCR,PRH->PCH", ds, q_down[i])
+                dqi = _product("PHC,PCR->PHR", k_across, ds)
                 return jax.lax.dynamic_update_index_in_dim(dq, dq[i] + dqi, i, 0), dk, dv
 
             dq, dk, dv = jax.lax.fori_loop(j, high + 1, query_block, (dq, zero, zero))
@@ -214,8 +217,8 @@ def _backward(static, saved, grad_BTNH):
         k = _down(k_BTKH, K, C)
         xs = (blocks, k, k.swapaxes(-1, -2), _down(v_BTKH, K, C), highest)
         dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), xs)
-        dq = (_from_across(dq, C) * scale).astype(q_BTNH.dtype)
-        return dq, (_from_down(dk) * scale).astype(k_BTKH.dtype), _from_down(dv).astype(v_BTKH.dtype)
+        dq = (_from_across(dq, rows, C) * scale).astype(q_BTNH.dtype)
+        return dq, (_from_down(dk, rows) * scale).astype(k_BTKH.dtype), _from_down(dv, rows).astype(v_BTKH.dtype)
 
     arrays = (q_BTNH, k_BTKH, v_BTKH, grad_BTNH, delta_BTN1, lse_BTN1, first_BT, last_BT)
     dq, dk, dv = _by_group(group, rows, arrays)
