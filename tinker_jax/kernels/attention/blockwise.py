@@ -115,7 +115,7 @@ def _scores(k_PCH: jax.Array, q_PHR: jax.Array, scale: float, j: jax.Array, firs
     """Masked scores [P, C, R] of the keys of block j."""
     C = k_PCH.shape[1]
     keys = (j * C + jnp.arange(C, dtype=jnp.int32))[None, :, None]
-    s = _product("PCH,PHR->PCR", k_PCH, q_PHR) * scale
+    s = _product("PCH,PRH->PCR", k_PCH, q_PHR) * scale
     return jnp.where((first <= keys) & (keys <= own), s, _MASKED)
 
 
@@ -153,7 +153,7 @@ def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
     start = (jnp.zeros((rows * K, H, G * C)), top, total)
 
     def group(q_BTNH, k_BTKH, v_BTKH, first_BT):
-        q, k, v = _across(q_BTNH, K, C), _down(k_BTKH, K, C), _across(v_BTKH, K, C)
+        q, k, v = _down(q_BTNH, K, C), _down(k_BTKH, K, C), _across(v_BTKH, K, C)
         lowest = jnp.min(first_BT, axis=0).reshape(-1, C).min(axis=1) // C
 
         def query_block(_, xs):
@@ -190,8 +190,8 @@ def _backward(static, saved, grad_BTNH):
     delta_BTN1 = jnp.sum(grad_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
 
     def group(q_BTNH, k_BTKH, v_BTKH, grad_BTNH, delta_BTN1, lse_BTN1, first_BT, last_BT):
-        q, q_down = _across(q_BTNH, K, C), _down(q_BTNH, K, C)
-        grad, grad_down = _across(grad_BTNH, K, C), _down(grad_BTNH, K, C)
+        q = q_down = _down(q_BTNH, K, C)
+        grad = grad_down = _down(grad_BTNH, K, C)
         delta, lse = _across(delta_BTN1, K, C), _across(lse_BTN1, K, C)
         first, own = _queries(first_BT, K, G, C)
         highest = jnp.max(last_BT, axis=0).reshape(-1, C).max(axis=1) // C
@@ -204,7 +204,7 @@ def _backward(static, saved, grad_BTNH):
                 dq, dk, dv = carry
                 p = jnp.exp(_scores(k, q[i], scale, j, first[i], own[i]) - lse[i])
                 dv = dv + _product("PCR,PRH->PCH", p.astype(grad.dtype), grad_down[i])
-                dp = _product("PCH,PHR->PCR", v, grad[i])
+                dp = _product("PCH,PRH->PCR", v, grad[i])
                 ds = (p * (dp - delta[i])).astype(q.dtype)
                 dk = dk + _product("PCR,PRH->PCH", ds, q_down[i])
                 dqi = _product("PHC,PCR->PHR", k_across, ds)
@@ -216,7 +216,7 @@ def _backward(static, saved, grad_BTNH):
         blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
         k = _down(k_BTKH, K, C)
         xs = (blocks, k, k.swapaxes(-1, -2), _down(v_BTKH, K, C), highest)
-        dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), xs)
+        dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros((q.shape[0],q.shape[1],H,q.shape[2]), jnp.float32), xs)
         dq = (_from_across(dq, rows, C) * scale).astype(q_BTNH.dtype)
         return dq, (_from_down(dk, rows) * scale).astype(k_BTKH.dtype), _from_down(dv, rows).astype(v_BTKH.dtype)
 
