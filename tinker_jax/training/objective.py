@@ -87,8 +87,9 @@ def loss_of_hidden(
     B, T = tokens.shape
     flat = {k: x.reshape((B * T, *x.shape[2:])) for k, x in inputs.items()}
     targets = flat.pop("target_tokens")
-    # Gathered over `fsdp` once, or every tile would gather it again.
-    kernel_VD = jax.lax.with_sharding_constraint(unembedding(cfg, params), sharding.named(mesh, ("vocab", None)))
+    kernel_VD = unembedding(cfg, params)
+    if mesh.size > 1:  # gathered over `fsdp` once, or every tile would gather it again
+        kernel_VD = jax.lax.with_sharding_constraint(kernel_VD, sharding.named(mesh, ("vocab", None)))
     block = default_block(cfg.V) if mesh.shape["tensor"] == 1 else cfg.V
     output = linear_cross_entropy(
         h_MD,
