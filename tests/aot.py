@@ -60,11 +60,11 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
     row = {"target_tokens": np.zeros(length, np.int32), "weights": np.ones(length, np.float32)}
     tokens = [row["target_tokens"]] * count
     full = pack(tokens, [row] * count, token_budget=plan.token_budget, rows=train._row_shards)[0]
-    places = train._rows_of(full)
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in trainer._arrays(full).items()}
+    places = train._model.rows_of(full)
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[k]) for k, x in full.arrays.items()}
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     static = {"loss_fn": "cross_entropy", "backward": True, "remat": plan.remat, "trained": trainer.groups(LORA)}
-    step = jax.jit(train._step_fn, static_argnames=tuple(static))
+    step = jax.jit(train._model.step, static_argnames=tuple(static))
     return step.lower(adapter, scale, params, batch, default_config("cross_entropy", None), **static)
 
 

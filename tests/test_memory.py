@@ -8,10 +8,13 @@ import pytest
 import tiny
 
 from tinker_jax import sharding
-from tinker_jax.memory import POLICIES, Plan, activation_bytes, base_bytes, plan
+from tinker_jax.lora import abstract
+from tinker_jax.memory import POLICIES, activation_bytes, base_bytes, plan
 from tinker_jax.models.config import DecoderConfig, Rope, parse
-from tinker_jax.models.weights import weights
-from tinker_jax.training.trainer import Trainer, groups
+from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.programs import Program
+from tinker_jax.training.trainer import groups
+from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types import LoraConfig
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
@@ -33,14 +36,16 @@ def test_recomputing_needs_far_less_than_keeping():
 def test_the_estimate_is_what_a_compiled_training_step_takes(remat):
     T, cfg = 2048, DecoderConfig("qwen3", 512, 512, 1536, 5, 8, 4, 64, Rope(1e6), 1e-6, False, False, True, 4096)
     params = {w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.float32) for w in weights(cfg)}
-    train = Trainer(cfg, params, sharding.make_mesh(None), Plan(T, remat, 0))
-    lora = LoraConfig(rank=32)
+    mesh, lora = sharding.make_mesh(None), LoraConfig(rank=32)
+    adapter = abstract(lora_targets(cfg), lora.rank, groups(lora))
+    places = jax.tree.map(lambda _: sharding.replicated(mesh), adapter)
+    model = WholeModel(cfg, params, mesh, lambda trained: places, Program(jnp.add, "add"))
     numbers = {key: jax.ShapeDtypeStruct((1, T), jnp.int32) for key in ("tokens", "positions", "segments", "sequences")}
     batch = numbers | {"target_tokens": numbers["tokens"]}
     static = {"loss_fn": "cross_entropy", "backward": True, "remat": remat, "trained": groups(lora)}
-    step = jax.jit(train._step_fn, static_argnames=tuple(static))
+    step = jax.jit(model.step, static_argnames=tuple(static))
     scale = jax.ShapeDtypeStruct((), jnp.float32)
-    compiled = step.lower(train.abstract(lora)[0], scale, params, batch, {}, **static).compile()
+    compiled = step.lower(adapter, scale, params, batch, {}, **static).compile()
     logits = 2 * 4 * T * cfg.V
     measured = compiled.memory_analysis().temp_size_in_bytes - logits
     assert 0.75 < measured / (T * activation_bytes(cfg, 4, remat)) < 1.33

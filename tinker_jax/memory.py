@@ -21,6 +21,8 @@ from tinker_jax.sharding import MESH_AXES
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _MOST_TOKENS_CPU = 1024  # measured (docs/performance.md): more of it stays in the cache
 _LEAST_TOKENS = 2048
+LANES = 2
+"""Micro-batches that a CPU works on at once, see `tinker_jax.training.layer_by_layer`."""
 _MOST_CACHED_CPU = 1 << 16  # tokens; a CPU decodes a few dozen rows at a time, and writes every page of the cache at the start
 _RANK = 32  # Tinker's default; no adapter is known when the plan is made
 
@@ -59,7 +61,7 @@ def out_of_memory(plan: Plan, shape: tuple[int, int] | None = None, least: int =
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory allocating")):
             raise
         raise OutOfMemory(str(error), plan, shape, least) from error
 
@@ -120,10 +122,10 @@ def plan(
     """Divides the `memory` bytes of each device.
 
     After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
-    and half to the activations of its rows; the rest is left to adapters, optimiser state and XLA's temporaries. Of the
-    policies under which a useful micro-batch fits, the one that recomputes least is taken. Where the weights take no more than
-    a quarter of what is left, decoding on a GPU cuts each layer's out of the stack once for many steps: a slice of a stack
-    is a copy there at every step. A TPU reads it in place, a CPU decodes layer by layer.
+    and half to the activations of its rows, on a CPU of two micro-batches; the rest is left to adapters, optimiser state and
+    XLA's temporaries. Of the policies under which a useful micro-batch fits, the one that recomputes least is taken. Where
+    the weights take no more than a quarter of what is left, decoding on a GPU cuts each layer's out of the stack once for
+    many steps: a slice of a stack is a copy there at every step. A TPU reads it in place, a CPU decodes layer by layer.
 
     Args:
         cfg: shape of the model.
@@ -135,10 +137,10 @@ def plan(
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
     base = base_bytes(cfg, itemsize) // (fsdp * tensor)
     free = max(0, memory - base)
-    most = _MOST_TOKENS_CPU if platform == "cpu" else _MOST_TOKENS
+    most, lanes = (_MOST_TOKENS_CPU, LANES) if platform == "cpu" else (_MOST_TOKENS, 1)
     tokens, remat = 0, POLICIES[-1]
     for remat in POLICIES:
-        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
+        tokens = free // 2 // lanes // activation_bytes(cfg, itemsize, remat, tensor)
         if tokens >= _LEAST_TOKENS:
             break
     kv_bytes = free // 5

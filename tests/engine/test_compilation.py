@@ -35,8 +35,8 @@ def training_step(monkeypatch):
 
     def step(depth, remat):
         cfg = dataclasses.replace(CONFIG, L=depth)
-        mesh = sharding.make_mesh()
-        params = {w.name: jax.device_put(np.zeros(w.full_shape, np.float32)) for w in weights(cfg)}
+        mesh = sharding.make_mesh({"data": 2})  # one CPU would go layer by layer
+        params = {w.name: jax.device_put(np.zeros(w.full_shape, np.float32), sharding.replicated(mesh)) for w in weights(cfg)}
         trainer = Trainer(cfg, params, mesh, Plan(token_budget=512, remat=remat, kv_bytes=1))
         adapter = trainer.new_adapter(LoraConfig(rank=4), 0)
         with pytest.raises(Traced) as caught:

@@ -10,6 +10,7 @@ import torch
 from tinker_jax import lora, sharding
 from tinker_jax.memory import Plan
 from tinker_jax.models.weights import weights
+from tinker_jax.programs import Program
 from tinker_jax.training.trainer import Trainer
 from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
@@ -33,6 +34,11 @@ def trainer(family="qwen3", mesh=None, plan=PLAN):
     mesh = sharding.make_mesh(mesh)
     placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
     return Waiting(cfg, placed, mesh, plan)
+
+
+def programs(run):
+    """Those of the model."""
+    return [x for x in vars(run._model).values() if isinstance(x, Program) and x is not run._add]
 
 
 def perturbed(state, seed=0):
@@ -111,7 +117,7 @@ def test_a_fresh_adapter_is_bitwise_the_base_model():
     with_all, _ = run.forward_backward(fresh, data, "cross_entropy", None, backward=False)
     with_some, _ = run.forward_backward(other, data, "cross_entropy", None, backward=False)
     none = run.new_adapter(LoraConfig(rank=8), 3)
-    none.params = jax.tree.map(np.zeros_like, none.params)
+    none.params = jax.tree.map(jax.numpy.zeros_like, none.params)
     bare, _ = run.forward_backward(none, data, "cross_entropy", None, backward=False)
     for a, b, c in zip(with_all, with_some, bare, strict=True):
         np.testing.assert_array_equal(a, c)
@@ -217,14 +223,14 @@ def test_a_second_micro_batch_that_fails_leaves_no_half_of_the_call(monkeypatch)
     state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
     run.forward_backward(state, random_data([60]), "cross_entropy", None, backward=True)
     before = leaves(state.grads)
-    step, calls = run._step, []
+    micro_batch, calls = run._model._micro_batch, []
 
-    def fails_later(*args, **kwargs):
+    def fails_later(*args):
         calls.append(1)
-        return step(*args, **kwargs) if len(calls) == 1 else 1 / 0
+        return micro_batch(*args) if len(calls) == 1 else 1 / 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_step", fails_later)
+        patch.setattr(run._model, "_micro_batch", fails_later)
         with pytest.raises(ZeroDivisionError):
             run.forward_backward(state, random_data([400, 400], seed=1), "cross_entropy", None, backward=True)
     after = leaves(state.grads)
@@ -272,7 +278,7 @@ def test_a_mesh_gives_the_losses_and_gradients_of_one_device(mesh, loss_fn):
 
 def test_parameters_are_really_sharded():
     run = trainer(mesh={"data": 2, "fsdp": 2, "tensor": 2})
-    kernel = run._params["layers.q_proj.kernel"]
+    kernel = run._model._params["layers.q_proj.kernel"]
     L, out, D = kernel.shape
     assert kernel.addressable_shards[0].data.shape == (L, out // 2, D // 2)
     state = run.new_adapter(LoraConfig(rank=4), 0)
@@ -293,8 +299,8 @@ def test_a_step_on_the_results_of_a_step_compiles_nothing(mesh):
         for _ in range(2):
             run.forward_backward(state, random_data([30]), "cross_entropy", None, backward=True)
         run.optim_step(state, AdamParams())
-        compiled.append([program._jit._cache_size() for program in (run._step, run._add, run._update)])
-    assert compiled[0] == compiled[1] == compiled[2] and compiled[0][:2] == [1, 1]
+        compiled.append([program._jit._cache_size() for program in (*programs(run), run._add, run._update)])
+    assert compiled[0] == compiled[1] == compiled[2] and set(compiled[0][:-1]) == {1}
 
 
 def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
@@ -311,7 +317,8 @@ def test_targets_of_any_width_compile_few_programs():
         wide = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": rng.integers(0, 9, (3, width))})
         ((lp,), _) = run.forward_backward(state, [wide], "cross_entropy", None, backward=False)
         assert lp.shape == (3, width)
-    assert run.programs <= 5 and run._step._jit._cache_size() == run.programs
+    assert [program.count for program in programs(run)] == [program._jit._cache_size() for program in programs(run)]
+    assert run._model._loss.count <= 5 and run.programs <= 7
 
 
 def test_adapters_of_equal_rank_on_other_modules_count_as_programs_of_their_own():
@@ -319,7 +326,8 @@ def test_adapters_of_equal_rank_on_other_modules_count_as_programs_of_their_own(
     for flags in ({"train_mlp": False}, {"train_attn": False}):
         state = run.new_adapter(LoraConfig(rank=2, train_unembed=False, **flags), 0)
         run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=False)
-    assert run.programs == run._step._jit._cache_size() == 2
+    assert [program.count for program in programs(run)] == [program._jit._cache_size() for program in programs(run)]
+    assert (run._model._forward.count, run.programs) == (2, 4)
 
 
 def test_random_lengths_compile_few_programs():
@@ -329,7 +337,7 @@ def test_random_lengths_compile_few_programs():
     for _ in range(25):
         lengths = rng.integers(1, 128, rng.integers(1, 12))
         run.forward_backward(state, random_data(lengths), "cross_entropy", None, backward=True)
-    assert run.programs <= 7
+    assert run.programs <= 3 * 4  # rows of 128, 256, 512: embedding, a layer's two passes, loss
 
 
 def test_ranks_of_a_bucket_share_their_programs_and_give_the_results_of_their_own_rank(monkeypatch):
@@ -346,7 +354,7 @@ def test_ranks_of_a_bucket_share_their_programs_and_give_the_results_of_their_ow
     for rank in (5, 6, 8):
         padded[rank] = train(run, rank)
         updates.add(run._update._jit._cache_size())
-    assert run.programs == run._step._jit._cache_size() == 1
+    assert [program._jit._cache_size() for program in programs(run)] == [1] * 4 and run.programs == 4
     assert run._update.count == len(updates) == 1  # its cache is shared by all trainers
     for rank, (state, values) in padded.items():
         with monkeypatch.context() as patch:

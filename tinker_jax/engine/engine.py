@@ -184,6 +184,7 @@ class Engine:
 
     def _unload(self) -> None:
         self._sampler.close()
+        self._trainer.close()
         self._adapters.clear()
         self._samplers.clear()
         self._inflight.clear()

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
 from tinker_jax.kernels.attention import attention_on
+from tinker_jax.memory import LANES
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Block, Params, rematerialised
 from tinker_jax.models.layers import RMSNorm, rope_table
@@ -26,9 +27,6 @@ from tinker_jax.programs import Program, precision
 from tinker_jax.sharding import host_view, views_of_layers
 from tinker_jax.training.objective import Call, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
-
-LANES = 2
-"""Micro-batches at work at once."""
 
 Output = tuple[jax.Array, Any]
 
@@ -61,6 +59,12 @@ class LayerByLayer:
         """Number of compiled programs."""
         return sum(p.count for p in (self._embed, self._forward, self._loss, self._backward))
 
+    def close(self) -> None:
+        """Gives the weights back; nothing can be run any more."""
+        self._lanes.shutdown()
+        self._layers, self._ends = [], {}
+        jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
+
     def run(self, call: Call) -> tuple[list[Output], lora_lib.Adapter | None]:
         """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients)."""
         # Without a device of its own, as everything that the programs get: they would be compiled again for another placing.
@@ -74,14 +78,19 @@ class LayerByLayer:
 
         first, *others = _share([batch.tokens.size for batch in call.batches])
         futures = [self._lanes.submit(lane, numbers) for numbers in others]
+        if futures and call.backward:
+            self._add.prepare(call.adapter, call.adapter, shape=call.adapter_shape)
         try:
-            grads = lane(first)
+            totals = [lane(first)]
         finally:
             wait(futures)
-        for future in futures:
-            grads = future.result() if grads is None else self._add(grads, future.result(), shape=call.adapter_shape)
-        if grads is not None:
-            grads = jax.device_put(grads, jax.tree.map(lambda x: x.sharding, call.adapter))
+        totals += [future.result() for future in futures]
+        if not call.backward:
+            return outputs, None
+        places = jax.tree.map(lambda x: x.sharding, call.adapter)
+        grads, *more = (jax.device_put(total, places) for total in totals)
+        for total in more:
+            grads = self._add(grads, total, shape=call.adapter_shape)
         return outputs, grads
 
     def _one_after_the_other(
@@ -101,49 +110,48 @@ class LayerByLayer:
     def _micro_batch(
         self, call: Call, adapter: lora_lib.Adapter, batch: MicroBatch, total: lora_lib.Adapter | None
     ) -> tuple[Output, lora_lib.Adapter | None]:
-        layer, remat, scale = call.layer_shape(batch), call.remat, np.float32(call.scale)
-        factors, head, arrays = adapter.get("layers", {}), adapter.get("lm_head"), jax.device_put(batch.arrays)
-        backward = call.backward and bool(factors)
-        self._prepare(call, batch, adapter, arrays, total)
-        h_MD, rope = self._embed(self._ends, arrays["tokens"], arrays["positions"], shape=layer)
-        others, kept = (scale, rope, arrays["segments"]), []
-        for at, params in zip(self._numbers, self._layers, strict=True):
-            inputs = params, factors, at, h_MD
-            h_MD, own = self._forward(*inputs, *others, shape=layer, remat=remat, backward=backward)
-            kept.append((inputs, own))
-        total_head = None if total is None else total.get("lm_head")
-        g_MD, total_head, *output = self._loss(
-            total_head, self._ends, head, scale, h_MD, arrays, call.config,
-            shape=call.shape(batch), loss_fn=call.loss_fn, backward=call.backward,
-        )  # fmt: skip
+        """(log-probabilities and raw metrics, `total` with its gradients)"""
+        factors, head, scale = adapter.get("layers", {}), adapter.get("lm_head"), np.float32(call.scale)
+        totals = (None, None) if total is None else (total.get("layers"), total.get("lm_head"))
+        arrays, backward = jax.device_put(batch.arrays), call.backward and bool(factors)
+        layer: Any = {"shape": f"{batch.shape} {call.adapter_shape}", "remat": call.remat}
+        of_head = f"rank={call.rank} " if head else ""
+        loss: Any = {
+            "shape": f"{batch.shape} {of_head}{call.loss_shape(batch)}",
+            "loss_fn": call.loss_fn,
+            "backward": call.backward,
+        }
+        tokens = self._ends, arrays["tokens"], arrays["positions"]
+
+        def inputs(at: int, h_MD: Any, rope: Any) -> tuple[Any, ...]:
+            return self._layers[at], factors, self._numbers[at], h_MD, scale, rope, arrays["segments"]
+
+        def prepare() -> None:
+            """Has what is needed compiled on other threads, in the order in which it is needed."""
+            self._embed.prepare(*tokens, shape=batch.shape)
+            h_MD, rope = self._embed.shapes(*tokens)
+            self._forward.prepare(*inputs(0, h_MD, rope), **layer, backward=backward)
+            self._loss.prepare(totals[1], self._ends, head, scale, h_MD, arrays, call.config, **loss)
+            if backward:
+                g_MD, kept = self._forward.shapes(*inputs(0, h_MD, rope), remat=call.remat, backward=True)
+                self._backward.prepare(totals[0], g_MD, kept, *inputs(0, h_MD, rope), **layer)
+
+        if not (self._loss.is_ready(**loss) and self._forward.is_ready(**layer, backward=backward)):
+            prepare()
+        h_MD, rope = self._embed(*tokens, shape=batch.shape)
+        passed = []
+        for at in range(self._cfg.L):
+            own = inputs(at, h_MD, rope)
+            h_MD, kept = self._forward(*own, **layer, backward=backward)
+            passed.append((kept, own))
+        g_MD, total_head, *output = self._loss(totals[1], self._ends, head, scale, h_MD, arrays, call.config, **loss)
         if total is None:
             return tuple(output), None
-        in_layers = total.get("layers")
-        while backward and kept:
-            inputs, own = kept.pop()
-            in_layers, g_MD = self._backward(in_layers, g_MD, own, *inputs, *others, shape=layer, remat=remat)
+        in_layers = totals[0]
+        while backward and passed:
+            kept, own = passed.pop()
+            in_layers, g_MD = self._backward(in_layers, g_MD, kept, *own, **layer)
         return tuple(output), {k: x for k, x in (("layers", in_layers), ("lm_head", total_head)) if x is not None}
-
-    def _prepare(self, call: Call, batch: MicroBatch, adapter: lora_lib.Adapter, arrays: Any, total: Any) -> None:
-        """Has what a micro-batch needs compiled on other threads, in the order in which it is needed."""
-        layer, remat, scale = call.layer_shape(batch), call.remat, np.float32(call.scale)
-        factors, head = adapter.get("layers", {}), adapter.get("lm_head")
-        backward = call.backward and bool(factors)
-        if self._loss.is_ready(call.shape(batch), loss_fn=call.loss_fn, backward=call.backward):
-            return
-        ends = self._ends, arrays["tokens"], arrays["positions"]
-        self._embed.prepare(*ends, shape=layer)
-        h_MD, rope = self._embed.shapes(*ends)
-        inputs = self._layers[0], factors, self._numbers[0], h_MD, scale, rope, arrays["segments"]
-        self._forward.prepare(*inputs, shape=layer, remat=remat, backward=backward)
-        total_head = None if total is None else total.get("lm_head")
-        self._loss.prepare(
-            total_head, self._ends, head, scale, h_MD, arrays, call.config,
-            shape=call.shape(batch), loss_fn=call.loss_fn, backward=call.backward,
-        )  # fmt: skip
-        if backward:
-            h_MD, own = self._forward.shapes(*inputs, remat=remat, backward=True)
-            self._backward.prepare(total["layers"], h_MD, own, *inputs, shape=layer, remat=remat)
 
     # ---- programs ----
 

@@ -33,7 +33,7 @@ class Call:
         backward: also compute gradients.
         remat: what layers keep for the backward pass.
         trained: groups of the adapter that are trained.
-        adapter_shape: names the adapter's shapes.
+        rank: at which the adapter is computed.
     """
 
     adapter: lora_lib.Adapter
@@ -44,17 +44,17 @@ class Call:
     backward: bool
     remat: Remat
     trained: tuple[str, ...]
-    adapter_shape: str
+    rank: int
 
-    def shape(self, batch: MicroBatch) -> str:
-        """Names the shapes of a micro-batch's loss; equal names mean equal shapes."""
+    @property
+    def adapter_shape(self) -> str:
+        """Names the shapes of the adapter; as below, equal names mean equal shapes."""
+        return f"rank={self.rank} {'+'.join(self.trained)}"
+
+    def loss_shape(self, batch: MicroBatch) -> str:
+        """Names the shapes of a micro-batch's loss."""
         wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
-        return f"{self.layer_shape(batch)}{wide} {self.loss_fn}{' backward' if self.backward else ''}"
-
-    def layer_shape(self, batch: MicroBatch) -> str:
-        """Names the shapes of a micro-batch within the layers."""
-        B, T = batch.tokens.shape
-        return f"rows={B} length={T} {self.adapter_shape}"
+        return f"{wide.strip()} {self.loss_fn}{' backward' if self.backward else ''}"
 
 
 def loss_of_hidden(

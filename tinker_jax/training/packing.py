@@ -40,6 +40,11 @@ class MicroBatch:
     places: tuple[tuple[int, int, int, int], ...]
 
     @property
+    def shape(self) -> str:
+        """Names the number of rows and their length."""
+        return "rows={} length={}".format(*self.tokens.shape)
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What a program gets, by name."""
         names = ("tokens", "positions", "segments", "sequences")

@@ -97,6 +97,10 @@ class Trainer:
         """Number of training programs compiled so far, the optimiser's left out."""
         return self._model.programs
 
+    def close(self) -> None:
+        """Gives the weights back; nothing can be run any more."""
+        self._model.close()
+
     # ---- adapters ----
 
     def adapter_shardings(self, trained: Sequence[str]) -> lora_lib.Adapter:
@@ -157,15 +161,15 @@ class Trainer:
             most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
         )
         widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
-        shape = _adapter_shape(state.lora)
-        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, groups(state.lora), shape)
+        trained, rank = groups(state.lora), lora_lib.bucket(state.lora.rank)
+        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, trained, rank)
         if backward:  # its program will be there when it is asked for
             hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
-            self._update.prepare(state.params, state.params, state.opt, hyper, shape=shape)
+            self._update.prepare(state.params, state.params, state.opt, hyper, shape=call.adapter_shape)
         with out_of_memory(plan, widest, least):
             outputs, grads = self._model.run(call)
             if backward and state.grads is not None:
-                grads = self._add(state.grads, grads, shape=shape)
+                grads = self._add(state.grads, grads, shape=call.adapter_shape)
         if backward:
             state.grads = grads
 

@@ -39,6 +39,10 @@ class WholeModel:
         """Number of compiled programs."""
         return self._step.count
 
+    def close(self) -> None:
+        """Gives the weights back."""
+        self._params = {}
+
     def run(self, call: Call) -> tuple[list[tuple[jax.Array, Any]], lora_lib.Adapter | None]:
         """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients)."""
         total, outputs = None, []
@@ -49,7 +53,7 @@ class WholeModel:
                 self._params,
                 jax.device_put(batch.arrays, self.rows_of(batch)),
                 call.config,
-                shape=call.shape(batch),
+                shape=f"{batch.shape} {call.adapter_shape} {call.loss_shape(batch)}",
                 loss_fn=call.loss_fn,
                 backward=call.backward,
                 remat=call.remat,

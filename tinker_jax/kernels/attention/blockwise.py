@@ -216,7 +216,7 @@ def _backward(static, saved, grad_BTNH):
         blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
         k = _down(k_BTKH, K, C)
         xs = (blocks, k, k.swapaxes(-1, -2), _down(v_BTKH, K, C), highest)
-        dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros((q.shape[0],q.shape[1],H,q.shape[2]), jnp.float32), xs)
+        dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros((q.shape[0], q.shape[1], H, q.shape[2]), jnp.float32), xs)
         dq = (_from_across(dq, rows, C) * scale).astype(q_BTNH.dtype)
         return dq, (_from_down(dk, rows) * scale).astype(k_BTKH.dtype), _from_down(dv, rows).astype(v_BTKH.dtype)
 
