@@ -100,7 +100,7 @@ def test_both_sides_of_the_accelerator_benchmark_run_at_toy_size(tmp_path):
     result = {kind: {"layouts": {line.pop("layout"): line for line in lines}} for kind, lines in ran.items()}
     assert list(result["ours"]["layouts"]) == layouts and list(result["torch"]["layouts"]) == ["4096"]
     assert all((tmp_path / layout).exists() for layout in layouts)
-    assert result["ours"]["layouts"]["4096"]["token_budget"] == 2048  # the plan is one for this platform
+    assert result["ours"]["layouts"]["4096"]["token_budget"] == 1024  # the plan is one for this platform
     result["warm"] = {"layouts": {}}
     args = argparse.Namespace(layouts=layouts, smoke=True, peak=1e-3)
     packed, full = train_gpu.rows("toy", cfg, result, args)
