@@ -19,7 +19,7 @@ from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
 
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
-_MOST_TOKENS_CPU = 1024  # measured (docs/performance.md): more of it stays in the cache
+_MOST_TOKENS_CPU = 1024  # of each of two at once, measured (docs/performance.md)
 _LEAST_TOKENS = 2048
 LANES = 2
 """Micro-batches that a CPU works on at once, see `tinker_jax.training.layer_by_layer`."""

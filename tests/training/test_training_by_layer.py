@@ -139,7 +139,9 @@ def test_weights_are_read_where_they_lie_and_gradients_are_added_in_place(monkey
 
     monkeypatch.setattr(Program, "__call__", recording)
     layers.run(call)
-    assert all(sorted(before) == sorted(after) for before, after in totals[1:]) and len(totals) == cfg.L  # zeros may be copied
+    assert (
+        all(sorted(before) == sorted(after) for before, after in totals[1:]) and len(totals) == cfg.L
+    )  # the first buffers are not always taken, and why is not known
     text = compiled[0].as_text()
     for matrix in (f"f32[{cfg.F},{cfg.D}]", f"f32[{cfg.D},{cfg.F}]"):
         assert matrix in text

@@ -66,7 +66,10 @@ class LayerByLayer:
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
 
     def run(self, call: Call) -> tuple[list[Output], lora_lib.Adapter | None]:
-        """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients)."""
+        """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients).
+
+        Returns when the last of each lane are dispatched; waits for those before them.
+        """
         # Without a device of its own, as everything that the programs get: they would be compiled again for another placing.
         adapter = jax.device_put(jax.tree.map(host_view, call.adapter))
         outputs: list[Any] = [None] * len(call.batches)

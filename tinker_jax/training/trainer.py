@@ -1,7 +1,7 @@
 """forward_backward and optim_step of one base model, for any number of adapters.
 
-Pure programs over packed micro-batches, and the host code that feeds them: it dispatches, and leaves the waiting to whoever
-reads the `Pending` result. Nothing here knows threads or clients.
+Host code over packed micro-batches: it has them dispatched (`layer_by_layer`, `whole_model`), and leaves the waiting to whoever
+reads the `Pending` result. Nothing here knows clients.
 """
 
 from __future__ import annotations
