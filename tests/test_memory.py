@@ -9,7 +9,7 @@ import tiny
 
 from tinker_jax import sharding
 from tinker_jax.lora import abstract
-from tinker_jax.memory import POLICIES, activation_bytes, base_bytes, plan
+from tinker_jax.memory import POLICIES, Plan, activation_bytes, base_bytes, plan, smaller
 from tinker_jax.models.config import DecoderConfig, Rope, parse
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
@@ -76,3 +76,25 @@ def test_the_residual_stream_is_not_cut_by_tensor_parallelism():
     alone, cut = (activation_bytes(QWEN3_8B, 2, "none", tensor=n) for n in (1, 8))
     assert alone / 8 < cut < alone
     assert cut > QWEN3_8B.L * 2 * QWEN3_8B.D * 2
+
+
+def test_a_cpu_works_on_two_micro_batches_where_both_fit():
+    alone = plan(QWEN3_8B, 4, 200 << 30, platform="cpu")
+    assert 2 * alone.token_budget <= alone.at_once
+    tight = plan(QWEN3_8B, 4, base_bytes(QWEN3_8B, 4) + 4 * 1000 * activation_bytes(QWEN3_8B, 4, "full"), platform="cpu")
+    assert tight.token_budget == 1000 and tight.at_once == 2000
+    assert plan(QWEN3_8B, 4, 200 << 30, {"fsdp": 2}, platform="cpu").at_once == plan(QWEN3_8B, 4, 200 << 30, platform="gpu").at_once == 0
+
+
+def test_out_of_memory_leaves_a_micro_batch_alone_then_halves_it_then_recomputes():
+    plans = [Plan(1024, "none", 1, at_once=4096)]
+    while plans[-1] is not None:
+        plans.append(smaller(plans[-1], (1, plans[-1].token_budget), 512))
+    steps = [(p.token_budget, p.remat, 2 * p.token_budget <= p.at_once) for p in plans[:-1]]
+    assert steps == [
+        (1024, "none", True),
+        (1024, "none", False),
+        (512, "none", False),
+        (512, "attention", False),
+        (512, "full", False),
+    ]

@@ -21,8 +21,8 @@ from tinker_jax.sharding import MESH_AXES
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _MOST_TOKENS_CPU = 1024  # of each of two at once, measured (docs/performance.md)
 _LEAST_TOKENS = 2048
-LANES = 2
-"""Micro-batches that a CPU works on at once, see `tinker_jax.training.layer_by_layer`."""
+AT_ONCE_CPU = 2
+"""Most micro-batches that a CPU works on at once, see `tinker_jax.training.layer_by_layer`."""
 _MOST_CACHED_CPU = 1 << 16  # tokens; a CPU decodes a few dozen rows at a time, and writes every page of the cache at the start
 _RANK = 32  # Tinker's default; no adapter is known when the plan is made
 
@@ -32,13 +32,21 @@ POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits: positions per micro-batch, rematerialisation policy, bytes for the key/value cache on each device, and whether
-    decoding may hold a second copy of the layers' weights."""
+    """What fits.
+
+    Attributes:
+        token_budget: positions of a micro-batch.
+        remat: rematerialisation policy.
+        kv_bytes: for the key/value cache, on each device.
+        unstack: decoding may hold a second copy of the layers' weights.
+        at_once: positions of two micro-batches that a CPU works on at once; larger ones run one after the other.
+    """
 
     token_budget: int
     remat: Remat
     kv_bytes: int
     unstack: bool = False
+    at_once: int = 0
 
 
 class OutOfMemory(MemoryError):
@@ -67,15 +75,18 @@ def out_of_memory(plan: Plan, shape: tuple[int, int] | None = None, least: int =
 
 
 def smaller(plan: Plan, shape: tuple[int, int], least: int) -> Plan | None:
-    """What to try after a micro-batch of `shape` did not fit: half of it, or when its longest sequence needs it all, more
-    recomputed.
+    """What to try after a micro-batch of `shape` did not fit: no other beside it, then half of it, or when its longest
+    sequence needs it all, more recomputed.
 
     Returns:
-        A plan that makes the same micro-batch smaller, or None when nothing is left to save.
+        A plan that makes the same micro-batch smaller or leaves it alone, or None when nothing is left to save.
     """
     rows, length = shape
+    if 2 * rows * length <= plan.at_once:
+        return replace(plan, at_once=2 * rows * length - 1)
     if length > least:
-        return replace(plan, token_budget=min(plan.token_budget, rows * length) // 2)
+        budget = min(plan.token_budget, rows * length) // 2
+        return replace(plan, token_budget=budget, at_once=min(plan.at_once, rows * length - 1))
     at = POLICIES.index(plan.remat)
     return replace(plan, remat=POLICIES[at + 1]) if at + 1 < len(POLICIES) else None
 
@@ -137,14 +148,17 @@ def plan(
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
     base = base_bytes(cfg, itemsize) // (fsdp * tensor)
     free = max(0, memory - base)
-    most, lanes = (_MOST_TOKENS_CPU, LANES) if platform == "cpu" else (_MOST_TOKENS, 1)
+    most, at_once = _MOST_TOKENS_CPU if platform == "cpu" else _MOST_TOKENS, 1
+    if platform == "cpu" and data * fsdp * tensor == 1:
+        at_once = AT_ONCE_CPU
     tokens, remat = 0, POLICIES[-1]
     for remat in POLICIES:
-        tokens = free // 2 // lanes // activation_bytes(cfg, itemsize, remat, tensor)
-        if tokens >= _LEAST_TOKENS:
+        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
+        if tokens // at_once >= _LEAST_TOKENS:
             break
     kv_bytes = free // 5
     if platform == "cpu":
         kv_bytes = min(kv_bytes, max(_MOST_CACHED_CPU, cfg.context_length + 1) * token_bytes(cfg, itemsize, tensor))
     unstack = platform == "gpu" and base <= free // 4
-    return Plan(token_budget=min(max(tokens, 1), most) * data * fsdp, remat=remat, kv_bytes=kv_bytes, unstack=unstack)
+    budget = min(max(tokens // at_once, 1), most) * data * fsdp
+    return Plan(budget, remat, kv_bytes, unstack, at_once=tokens if at_once > 1 else 0)

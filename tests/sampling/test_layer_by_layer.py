@@ -12,15 +12,16 @@ from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.config import parse
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
-from tinker_jax.sampling.drawing import Rows, nothing_drawn
+from tinker_jax.sampling.drawing import DrawOptions, Rows, nothing_drawn
 from tinker_jax.sampling.layer_by_layer import LayerByLayer, _newest
-from tinker_jax.sampling.model_runner import Chunk, ModelRunner
+from tinker_jax.sampling.model_runner import _PATIENCE, Chunk, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
 
 # Sizes whose layers begin at multiples of 64 bytes, as those of real models do.
 CONFIG = dataclasses.replace(parse(tiny.CONFIGS["qwen3"]().to_dict()), D=64, F=128, N=4, K=2, H=16, V=256)
 RANK = 8
+PLAIN = DrawOptions()
 
 
 def runner(depth=3, pages=9):
@@ -71,8 +72,8 @@ def test_a_step_copies_no_weight():
     layer = jax.jit(model._run_layer, donate_argnums=(3, 4)).lower(
         model._layers[0], {}, np.int32(0), h, jax.eval_shape(run._empty), batch
     )
-    draw = jax.jit(model._draw_tokens, donate_argnums=(3, 4, 5)).lower(
-        model._ends, None, h, batch, batch_rows, drawn, np.int32(0)
+    draw = jax.jit(model._draw_tokens, static_argnames="filters", donate_argnums=(3, 4, 5)).lower(
+        model._ends, None, h, batch, batch_rows, drawn, np.int32(0), filters=True
     )
 
     def nbytes(tree):
@@ -99,7 +100,7 @@ def test_a_deeper_model_needs_no_more_programs():
     counts = []
     for depth in (2, 7):
         run, _ = runner(depth)
-        run.decode(adapter(depth), rows(2, 2), 0)
+        run.decode(adapter(depth), rows(2, 2), PLAIN)
         counts.append(run.programs)
     assert counts[0] == counts[1]
 
@@ -110,7 +111,7 @@ def test_layer_by_layer_draws_what_the_whole_model_in_one_program_draws():
     cfg = dataclasses.replace(CONFIG, L=3)
     whole._model = WholeModel(cfg, params, whole._paged, 16, unstack=False)
     tree, some = adapter(), rows(4, 3)
-    one, other = run.decode(tree, some, 4), whole.decode(tree, some, 4)
+    one, other = run.decode(tree, some, DrawOptions(top=4)), whole.decode(tree, some, DrawOptions(top=4))
     np.testing.assert_array_equal(one.count, [16, 16, 16, 0])
     np.testing.assert_array_equal(one.count, other.count)
     np.testing.assert_array_equal(one.tokens[:3], other.tokens[:3])
@@ -129,28 +130,32 @@ def test_a_chunk_ends_soon_after_its_last_row(monkeypatch):
     monkeypatch.setattr(Program, "__call__", counted)
     some = rows(2, 2)
     some.remaining[:] = 3
-    drawn = run.decode(adapter(), some, 0)
+    drawn = run.decode(adapter(), some, PLAIN)
     np.testing.assert_array_equal(drawn.count, [3, 3])
     assert len(steps) == 3
     stops = rows(2, 2)
     stops.stop_ids[:, 0] = drawn.tokens[:, 0]
-    drawn = run.decode(adapter(), stops, 0)
+    drawn = run.decode(adapter(), stops, PLAIN)
     np.testing.assert_array_equal(drawn.count, [1, 1])
     assert len(steps) == 3 + 2, "one step is on its way when the host hears of the stops"
 
 
-def test_a_larger_batch_serves_while_the_right_one_is_compiled():
+def test_a_larger_batch_serves_until_the_right_one_is_worth_compiling():
     run, _ = runner()
     tree = adapter()
-    assert run.size_to_use([2, 4, 8], tree, 0) == 2, "nothing is there yet: it is compiled now"
-    run.decode(tree, rows(8, 8), 0)
-    assert run.size_to_use([1, 2, 4, 8], tree, 0) == 1, "eight times as many rows cost more than a compilation"
-    assert run.size_to_use([2, 4, 8], tree, 0) == 8
+    assert run.size_to_use([2, 4, 8], tree, PLAIN) == 2, "nothing is there yet: it is compiled now"
+    run.decode(tree, rows(8, 8), PLAIN)
+    assert run.size_to_use([1, 2, 4, 8], tree, PLAIN) == 1, "eight times as many rows cost more than a compilation"
+    for _ in range(_PATIENCE - 1):
+        assert run.size_to_use([2, 4, 8], tree, PLAIN) == 8
+    assert len(run._model._draw._compiled) == 1, "nothing is compiled for short work"
+    assert run.size_to_use([2, 4, 8], tree, PLAIN) == 8
     for program in (run._model._layer, run._model._draw, run._model._embed):
+        assert len(program._compiled) == 2
         for compiled in list(program._compiled.values()):
             compiled.result(60)
-    assert run.size_to_use([2, 4, 8], tree, 0) == 2
-    assert run.size_to_use([2, 4, 8], None, 0) == 2, "another adapter shape has programs of its own"
+    assert run.size_to_use([2, 4, 8], tree, PLAIN) == 2
+    assert run.size_to_use([2, 4, 8], None, PLAIN) == 2, "another adapter shape has programs of its own"
 
 
 def test_prefill_compiles_meanwhile_what_decoding_will_need():
@@ -158,17 +163,22 @@ def test_prefill_compiles_meanwhile_what_decoding_will_need():
     tree, table = adapter(), np.zeros(pages_for(CONFIG.context_length), np.int32)
     table[0] = 1
     chunk = Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))
-    run.prefill(tree, [chunk], PAGE, then=([2, 4], 0))
+    run.prefill(tree, [chunk], PAGE, then=([2, 4], PLAIN))
     assert all(len(program._compiled) == n for program, n in ((run._model._draw, 1), (run._model._layer, 2)))
 
 
-def test_fewer_rows_prefill_in_more_calls_while_the_right_number_is_compiled():
+def test_other_numbers_of_rows_prefill_until_the_right_one_is_worth_compiling():
     run, _ = runner()
-    tree = adapter()
-    assert run.prefill_size_to_use([4, 2, 1], 64, tree) == 4, "nothing is there yet: it is compiled now"
-    table = np.zeros(pages_for(CONFIG.context_length), np.int32)
-    run.prefill(tree, [Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))], 64)
-    assert run.prefill_size_to_use([4, 2, 1], 64, tree) == 1
+    tree, sizes = adapter(), [1, 2, 4, 8]
+    chunk = Chunk(np.arange(5, dtype=np.int32), 0, np.zeros(pages_for(CONFIG.context_length), np.int32), (0, RANK))
+    assert run.prefill_size_to_use(sizes, 4, 64, tree) == 4, "nothing is there yet: it is compiled now"
+    run.prefill(tree, [chunk] * 8, 64)
+    assert run.prefill_size_to_use(sizes, 4, 64, tree) == 8
+    assert run.prefill_size_to_use(sizes, 1, 64, tree) == 1, "eight times as many rows cost more than a compilation"
+    run.prefill(tree, [chunk], 64)
+    for _ in range(_PATIENCE - 1):
+        assert run.prefill_size_to_use(sizes, 4, 64, tree) == 1, "more calls, no row for nothing"
+    assert len(run._model._layer._compiled) == 3
     for compiled in list(run._model._layer._compiled.values()):
         compiled.result(60)
-    assert run.prefill_size_to_use([4, 2, 1], 64, tree) == 4
+    assert run.prefill_size_to_use(sizes, 4, 64, tree) == 4

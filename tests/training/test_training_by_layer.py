@@ -50,7 +50,8 @@ def call_of(cfg, lengths, *, remat="none", backward=True, loss_fn="cross_entropy
     adapter = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), adapter)
     batches = pack(tokens, inputs, token_budget=256)
     values = default_config(loss_fn)
-    return Call(jax.device_put(adapter, PLACED), 4.0, batches, loss_fn, values, backward, remat, trained, config.rank)
+    adapter = jax.device_put(adapter, PLACED)
+    return Call(adapter, 4.0, batches, loss_fn, values, backward, remat, trained, config.rank, at_once=512)
 
 
 def close(ours, theirs, tolerance=2e-5):
@@ -118,10 +119,20 @@ def test_micro_batches_side_by_side_give_the_same_bits_every_time():
         assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_lanes_share_the_tokens_and_depend_on_nothing_else():
-    assert _share([1024]) == [[0]]
-    assert _share([1024, 512, 512, 128]) == [[0, 3], [1, 2]]
-    assert _share([512] * 5) == [[0, 2, 4], [1, 3]]
+def test_threads_share_the_tokens_and_depend_on_nothing_else():
+    assert _share([1024], 2048) == [[], [0]]
+    assert _share([1024, 512, 512, 128], 2048) == [[], [0, 3], [1, 2]]
+    assert _share([512] * 5, 2048) == [[], [0, 2, 4], [1, 3]]
+
+
+def test_micro_batches_of_which_two_do_not_fit_run_one_after_the_other():
+    assert _share([2048, 1024, 512, 128], 2048) == [[0], [1], [2, 3]]
+    assert _share([2048, 2048], 2048) == [[0, 1]]
+    cfg, layers, whole = models("llama")
+    call = call_of(cfg, (400, 200, 150))
+    assert [batch.tokens.size for batch in call.batches] == [512, 256, 256]
+    for at_once in (0, 512, 1024):
+        close(layers.run(dataclasses.replace(call, at_once=at_once)), whole.run(call))
 
 
 def test_weights_are_read_where_they_lie_and_gradients_are_added_in_place(monkeypatch):
@@ -166,7 +177,7 @@ def test_there_is_as_much_to_compile_at_any_depth():
     assert texts[0] == texts[1] and len(texts[0]) == 4
 
 
-def test_an_error_in_one_lane_is_raised_when_the_other_has_ended(monkeypatch):
+def test_an_error_on_one_thread_is_raised_when_the_other_has_ended(monkeypatch):
     cfg, layers, _ = models("llama")
     call, ended = call_of(cfg, (250, 240)), []
     real = layers._micro_batch

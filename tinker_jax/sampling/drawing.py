@@ -67,6 +67,18 @@ class Rows(NamedTuple):
         )
 
 
+class DrawOptions(NamedTuple):
+    """What a decode program can do besides drawing tokens by temperature. Other options are another program.
+
+    Attributes:
+        top: how many of the likeliest tokens it reports with each.
+        filters: whether it minds `top_k` and `top_p`.
+    """
+
+    top: int = 0
+    filters: bool = False
+
+
 class Drawn(NamedTuple):
     """What a chunk of decode steps drew; row s drew `count[s]` tokens, the rest of its columns is filler.
 
@@ -156,7 +168,7 @@ def gumbel(high: jax.Array, low: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1 - 2.0**-24)))
 
 
-def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array, filters: bool = True) -> tuple[jax.Array, jax.Array]:
     """One token for each row, by the Gumbel-max trick (argmax of log p + noise is distributed as p).
 
     The noise belongs to the token id, so neither the filters nor the other rows change which noise a token meets. Sort
@@ -166,6 +178,7 @@ def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.A
         logits_SV: float32.
         rows: settings of the rows.
         position_S: where the drawn tokens will stand.
+        filters: whether some row may have a filter; the sort is most of what there is to compile.
 
     Returns:
         Token ids int32 [S], and log p_τ of every token [S, V].
@@ -180,7 +193,7 @@ def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array) -> tuple[jax.A
         return jnp.where(keep_SV, logp_SV, -jnp.inf)
 
     def sampled(logp_SV):
-        allowed_SV = jax.lax.cond(jnp.any(filtered_S), filtered, lambda x: x, logp_SV)
+        allowed_SV = jax.lax.cond(jnp.any(filtered_S), filtered, lambda x: x, logp_SV) if filters else logp_SV
         noisy_SV = allowed_SV + noise(rows.seed, rows.sample, position_S, V)
         # Greedy rows compare logits: rounding in the softmax can make two different ones equal.
         return jnp.where(random_S[:, None], noisy_SV, logits_SV)
@@ -208,7 +221,7 @@ def nothing_drawn(S: int, steps: int, top: int) -> Drawn:
     )
 
 
-def advance(logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array) -> tuple[Rows, Drawn]:
+def advance(logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array, filters: bool = True) -> tuple[Rows, Drawn]:
     """Draws each live row's next token.
 
     Args:
@@ -216,21 +229,23 @@ def advance(logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array) -> 
         rows: state and settings of the rows.
         drawn: what the chunk drew so far.
         step: int32, column of `drawn` that the tokens go to.
+        filters: see `draw`.
 
     Returns:
         The rows as they stand after it, those that are done no longer live, and what is drawn now.
     """
-    token_S, logp_SV = draw(logits_SV, rows, rows.position + 1)
+
+    def put(x: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(x, values, step, 1)
+
+    token_S, logp_SV = draw(logits_SV, rows, rows.position + 1, filters)
+    logprob_S = jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]
     drawn = drawn._replace(
-        count=drawn.count + rows.live,
-        tokens=drawn.tokens.at[:, step].set(token_S),
-        logprobs=drawn.logprobs.at[:, step].set(jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]),
+        count=drawn.count + rows.live, tokens=put(drawn.tokens, token_S), logprobs=put(drawn.logprobs, logprob_S)
     )
     if top := drawn.top_ids.shape[-1]:
         values, ids = jax.lax.top_k(logp_SV, top)
-        drawn = drawn._replace(
-            top_ids=drawn.top_ids.at[:, step].set(ids), top_logprobs=drawn.top_logprobs.at[:, step].set(values)
-        )
+        drawn = drawn._replace(top_ids=put(drawn.top_ids, ids), top_logprobs=put(drawn.top_logprobs, values))
     remaining_S = rows.remaining - rows.live
     stopped_S = jnp.any(rows.stop_ids == token_S[:, None], axis=1)
     rows = rows._replace(

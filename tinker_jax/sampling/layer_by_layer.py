@@ -22,7 +22,7 @@ from tinker_jax.models.dense import Block, Params, unembedding
 from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
-from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
+from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows, advance, nothing_drawn, own_slots
 from tinker_jax.sharding import host_view, views_of_layers
 
 
@@ -64,7 +64,7 @@ class LayerByLayer:
         self._embed = Program(self._embed_tokens, "embedding", static=["rank"])
         self._layer = Program(self._run_layer, "layer", donate=[3, 4])
         self._norm = Program(self._normed, "final norm")
-        self._draw = Program(self._draw_tokens, "draw", donate=[3, 4, 5])
+        self._draw = Program(self._draw_tokens, "draw", static=["filters"], donate=[3, 4, 5])
 
     @property
     def programs(self) -> int:
@@ -83,19 +83,18 @@ class LayerByLayer:
         h_MD, pages = self._all_layers(h_MD, pages, batch, name)
         return self._norm(self._ends, h_MD, batch.positions, shape=name), pages
 
-    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> tuple[Pages, Drawn]:
+    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Drawn]:
         """Up to `steps` tokens for every live row; the pool is donated. Ends early when no row is live."""
-        self.prepare_decode(adapter, pages, rows, top)
+        self.prepare_decode(adapter, pages, rows, options)
         name = batch_name((rows.token.size, 1), adapter)
         longest, before = int(np.max(rows.remaining, where=rows.live, initial=1)), None
         h_SD, batch = self._embed(self._ends, *_newest(rows), rank=adapter_rank(adapter), shape=name)
         # The draw writes to these: they must not lie in memory of NumPy.
-        rows, drawn = jax.device_put((rows, nothing_drawn(rows.token.size, self._steps, top)), may_alias=False)
+        rows, drawn = jax.device_put((rows, nothing_drawn(rows.token.size, self._steps, options.top)), may_alias=False)
         for step in self._numbers[: min(longest, self._steps)]:
             h_SD, pages = self._all_layers(h_SD, pages, batch, name)
-            live, h_SD, batch, rows, drawn = self._draw(
-                self._ends, self._head, h_SD, batch, rows, drawn, step, shape=f"{name} top {top}"
-            )
+            args = self._ends, self._head, h_SD, batch, rows, drawn, step
+            live, h_SD, batch, rows, drawn = self._draw(*args, **_draw_key(name, options))
             if before is not None and not before:  # of the step before, so that the device always has the next one to do
                 break
             before = live
@@ -115,23 +114,23 @@ class LayerByLayer:
         self._embed.prepare(*args, rank=rank, shape=name)
         self._norm.prepare(self._ends, h_MD, batch.positions, shape=name)
 
-    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Any, top: int) -> None:
+    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Any, options: DrawOptions) -> None:
         """Has what decoding such rows needs compiled on other threads."""
         self._use(adapter)
         S = rows.token.shape[0]
-        if self.is_ready(S, adapter, top):
+        if self.is_ready(S, adapter, options):
             return
         name, rank = batch_name((S, 1), adapter), adapter_rank(adapter)
         h_SD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), self._ends, *_newest(rows))
-        args = self._ends, self._head, h_SD, batch, rows, nothing_drawn(S, self._steps, top), self._numbers[0]
-        self._draw.prepare(*args, shape=f"{name} top {top}")
+        args = self._ends, self._head, h_SD, batch, rows, nothing_drawn(S, self._steps, options.top), self._numbers[0]
+        self._draw.prepare(*args, **_draw_key(name, options))
         self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
         self._embed.prepare(self._ends, *_newest(rows), rank=rank, shape=name)
 
-    def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
+    def is_ready(self, S: int, adapter: Adapter | None, options: DrawOptions) -> bool:
         """Are the programs compiled that decode S rows?"""
         name = batch_name((S, 1), adapter)
-        return self._layer.is_ready(name) and self._draw.is_ready(f"{name} top {top}")
+        return self._layer.is_ready(name) and self._draw.is_ready(**_draw_key(name, options))
 
     def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
         """Are the programs compiled that prefill a batch of this shape?"""
@@ -186,13 +185,17 @@ class LayerByLayer:
     def _normed(self, ends, h_MD, positions_RT):
         return self._final_norm(ends, h_MD).reshape(*positions_RT.shape, -1)
 
-    def _draw_tokens(self, ends, head, h_SD, batch, rows, drawn, step):
+    def _draw_tokens(self, ends, head, h_SD, batch, rows, drawn, step, *, filters):
         """One token for every live row; (is any row still live, the new tokens' embeddings, what layers need of them, …)."""
         logits_SV = head_logits(self._final_norm(ends, h_SD), unembedding(self._cfg, ends), head, batch.slots)
-        rows, drawn = advance(logits_SV, rows, drawn, step)
+        rows, drawn = advance(logits_SV, rows, drawn, step, filters)
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
         batch = batch._replace(positions=position_S1, rope=self._rope(position_S1))
         return jnp.any(rows.live), ends["embed.embedding"][rows.token], batch, rows, drawn
+
+
+def _draw_key(name: str, options: DrawOptions) -> dict[str, Any]:
+    return {"shape": f"{name} top {options.top}{' filters' * options.filters}", "filters": options.filters}
 
 
 def _newest(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

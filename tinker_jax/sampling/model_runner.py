@@ -5,7 +5,8 @@ A row is known to a program by its table of pages alone, so rows join, leave and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from tinker_jax.kernels.decode_attention import Pages, paged_attention_on
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.programs import Program
-from tinker_jax.sampling.drawing import Drawn, Rows
+from tinker_jax.sampling.adapter_slots import batch_name
+from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows
 from tinker_jax.sampling.layer_by_layer import LayerByLayer
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
@@ -28,6 +30,7 @@ STEPS = 16
 
 _COPIES = 16  # pages copied by one call
 _LARGER = 4  # a batch may have so many times the rows that it needs, rather than wait for a compiler
+_PATIENCE = 8  # calls that programs of another size serve before those of the best one are compiled: short work is done by then
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class ModelRunner:
             else WholeModel(cfg, params, self._paged, STEPS, unstack)
         )
         self._pool: Pages | None = None
+        self._missed: collections.Counter[Hashable] = collections.Counter()
         self._make = Program(self._empty, "cache")
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
 
@@ -93,49 +97,59 @@ class ModelRunner:
         self.release()
         self._model.close()
 
-    def size_to_use(self, sizes: Sequence[int], adapter: Adapter | None, top: int) -> int:
+    def size_to_use(self, sizes: Sequence[int], adapter: Adapter | None, options: DrawOptions) -> int:
         """How many rows to decode.
 
         Args:
             sizes: that would do, rising.
             adapter: as in `decode`.
-            top: as in `decode`.
+            options: as in `decode`.
 
         Returns:
-            The first, unless its programs are not there and those of one at most `_LARGER` times as large are: then that one,
-            while the programs of the first are compiled on another thread.
+            The first, unless its programs are not there and those of one at most `_LARGER` times as large are: then that one.
+            When that has happened `_PATIENCE` times, the programs of the first are compiled on another thread.
         """
-        if self._model.is_ready(sizes[0], adapter, top):
-            return sizes[0]
-        for size in sizes[1:]:
-            if size <= _LARGER * sizes[0] and self._model.is_ready(size, adapter, top):
-                self._prepare_decode(sizes[0], adapter, top)
-                return size
-        return sizes[0]
+        size = self._ready_size(sizes, adapter, options) or sizes[0]
+        if size != sizes[0] and self._is_worth_it((batch_name((sizes[0],), adapter), options)):
+            self._prepare_decode(sizes[0], adapter, options)
+        return size
 
-    def prefill_size_to_use(self, sizes: Sequence[int], T: int, adapter: Adapter | None) -> int:
+    def prefill_size_to_use(self, sizes: Sequence[int], best: int, T: int, adapter: Adapter | None) -> int:
         """How many rows of T tokens to prefill in one call.
 
         Args:
-            sizes: numbers of rows, falling; the first takes everything that waits.
+            sizes: all numbers of rows, rising.
+            best: the one that just takes everything that waits.
             T: tokens of a row.
             adapter: as in `prefill`.
 
         Returns:
-            The first, unless its programs are not there and those of fewer rows are: then these serve, in more calls, while
-            the programs of the first are compiled on another thread.
+            The best, unless its programs are not there and those of fewer rows are: then these serve, in more calls; or those
+            of at most `_LARGER` times as many. When that has happened `_PATIENCE` times, the programs of the best are compiled
+            on another thread.
         """
-        ready = next((size for size in sizes if self._model.is_ready_to_prefill((size, T), adapter)), sizes[0])
-        if ready != sizes[0]:
-            tokens, positions, tables, slots = (np.zeros((sizes[0], n), np.int32) for n in (T, T, self._width, 2))
+        others = [*reversed([size for size in sizes if size < best]), *[n for n in sizes if best < n <= _LARGER * best]]
+        size = next((n for n in (best, *others) if self._model.is_ready_to_prefill((n, T), adapter)), best)
+        if size != best and self._is_worth_it(batch_name((best, T), adapter)):
+            tokens, positions, tables, slots = (np.zeros((best, n), np.int32) for n in (T, T, self._width, 2))
             self._model.prepare_prefill(adapter, self._pages, tokens, positions, tables, slots)
-        return ready
+        return size
 
-    def _prepare_decode(self, size: int, adapter: Adapter | None, top: int) -> None:
-        self._model.prepare_decode(adapter, self._pages, Rows.empty(size, self._width), top)
+    def _ready_size(self, sizes: Sequence[int], adapter: Adapter | None, options: DrawOptions) -> int | None:
+        """The first of the sizes that `size_to_use` may take whose programs are there."""
+        near = (size for size in sizes if size <= _LARGER * sizes[0])
+        return next((size for size in near if self._model.is_ready(size, adapter, options)), None)
+
+    def _is_worth_it(self, programs: Hashable) -> bool:
+        """Counts a call that went without these programs; have there been enough?"""
+        self._missed[programs] += 1
+        return self._missed[programs] >= _PATIENCE
+
+    def _prepare_decode(self, size: int, adapter: Adapter | None, options: DrawOptions) -> None:
+        self._model.prepare_decode(adapter, self._pages, Rows.empty(size, self._width), options)
 
     def prefill(
-        self, adapter: Adapter | None, chunks: Sequence[Chunk | None], T: int, then: tuple[Sequence[int], int] | None = None
+        self, adapter: Adapter | None, chunks: Sequence[Chunk | None], T: int, then: tuple[Sequence[int], DrawOptions] | None = None
     ) -> jax.Array:
         """Writes keys and values of each row's chunk; rows of the same sequence see each other's.
 
@@ -143,7 +157,7 @@ class ModelRunner:
             adapter: scaled adapters, side by side, or None.
             chunks: of each row; None is filler.
             T: tokens of a row.
-            then: `sizes` and `top` of the decoding that will follow: what it lacks is compiled meanwhile.
+            then: `sizes` and `options` of the decoding that will follow: what it lacks is compiled meanwhile.
 
         Returns:
             Hidden states [R, T, D]; what stands for None, or behind the end of a chunk, is filler.
@@ -159,20 +173,21 @@ class ModelRunner:
         batch = tokens, positions, tables, slots
         self._model.prepare_prefill(adapter, self._pages, *batch)
         if then:
-            sizes, top = then
-            self._prepare_decode(self.size_to_use(sizes, adapter, top), adapter, top)
+            sizes, options = then
+            if self._ready_size(sizes, adapter, options) is None:
+                self._prepare_decode(sizes[0], adapter, options)
         h_RTD, self._pool = self._model.prefill(adapter, self._pages, *batch)
         return h_RTD
 
-    def decode(self, adapter: Adapter | None, rows: Rows, top: int) -> Drawn:
+    def decode(self, adapter: Adapter | None, rows: Rows, options: DrawOptions) -> Drawn:
         """Draws up to `STEPS` tokens for every live row; numpy arrays.
 
         Args:
             adapter: scaled adapters, side by side, or None.
             rows: the rows; their tables have room for `STEPS` tokens more.
-            top: how many of the likeliest tokens to report with each.
+            options: of the program.
         """
-        self._pool, drawn = self._model.decode(adapter, self._pages, rows, top)
+        self._pool, drawn = self._model.decode(adapter, self._pages, rows, options)
         return jax.device_get(drawn)
 
     def copy(self, pairs: Sequence[tuple[int, int, int]]) -> None:

@@ -58,6 +58,11 @@ class Request:
     alternatives: int
 
     @property
+    def filtered(self) -> bool:
+        """Do `top_k` or `top_p` leave tokens out?"""
+        return bool(self.temperature > 0) and (self.top_k > 0 or self.top_p < 1)
+
+    @property
     def need(self) -> int:
         """Tokens of the sequence that the cache holds at most: the last token drawn is never fed back."""
         return len(self.prompt) + self.max_tokens - 1

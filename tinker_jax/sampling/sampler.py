@@ -11,6 +11,7 @@ Pages fill as sequences grow. When none is left, the youngest sequence is preemp
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -25,7 +26,7 @@ from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
 from tinker_jax.memory import token_bytes
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.sampling.drawing import Drawn, Rows
+from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows
 from tinker_jax.sampling.model_runner import Chunk, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.requests import Request, parse
@@ -84,6 +85,7 @@ class Sampler:
         deterministic: bool = False,
     ) -> None:
         self._cfg, self._stop_ids, self._decode_text = cfg, tuple(stop_ids), decode_text
+        self._deterministic = deterministic
         cpu = mesh.devices.flat[0].platform == "cpu"
         self._parts = parts = sharding.parts(mesh, "rows")
         rows, chunks = (ROWS, _CHUNKS) if cpu else (_ROWS_ACCELERATOR, _CHUNKS_ACCELERATOR)
@@ -178,7 +180,7 @@ class Sampler:
         self._scheduler.replace(weights, adapter)
 
     def warm_up(self, adapter: Adapter | None, adapters: int = 1) -> int:
-        """Compiles what requests of any length, stop rule, temperature and number of samples can need.
+        """Compiles what requests of any length, stop rule, filter, temperature and number of samples can need.
 
         Args:
             adapter: scaled, of the shape that requests will have; None: the base model alone.
@@ -194,8 +196,8 @@ class Sampler:
         two, params = ModelInput.from_ints([0, 0]), SamplingParams(max_tokens=1)
         probe = self.parse(SampleRequest(prompt=two, sampling_params=params, prompt_logprobs=True))
         for tree in trees:
-            for rows in self._rows:
-                self._runner.decode(tree, Rows.empty(rows * parts, context), 0)
+            for rows, filters in itertools.product(self._rows, (False, True)):
+                self._runner.decode(tree, Rows.empty(rows * parts, context), DrawOptions(filters=filters))
             for T, count in ((T, count) for T, counts in self._chunks.items() for count in counts):
                 nothing = Chunk(np.zeros(0, np.int32), 0, np.zeros(context, np.int32), (0, 0))
                 h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T)
@@ -297,11 +299,12 @@ class Sampler:
         try:
             adapter = self._scheduler.slots.tree()
             most = _smallest(self._chunks[T], max(map(len, planned)))
-            sizes = [R * self._parts for R in reversed(self._chunks[T]) if most >= R]
-            R = self._runner.prefill_size_to_use(sizes, T, adapter) // self._parts
+            sizes = [R * self._parts for R in self._chunks[T]]
+            R = self._runner.prefill_size_to_use(sizes, most * self._parts, T, adapter) // self._parts
             placed = [row for rows in planned for row in (*rows[:R], *[None] * (R - len(rows)))]
-            sizes, top = self._sizes(self._scheduler.running), max(s.group.top for s in self._scheduler.running)
-            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row, T) for row in placed], T, then=(sizes, top))
+            running = self._scheduler.running
+            then = self._sizes(running), self._options(running)
+            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row, T) for row in placed], T, then=then)
             self._score(placed, h_RTD)
         except Exception as error:
             self._lose_cache(error, {row[0].group for row in placed if row})
@@ -340,6 +343,11 @@ class Sampler:
         most = max(map(len, self._scheduler.by_part(sequences)))
         return [rows * self._parts for rows in self._rows if rows >= most]
 
+    def _options(self, sequences: list[Sequence]) -> DrawOptions:
+        """What a program must do that decodes these."""
+        top = max(sequence.group.top for sequence in sequences)
+        return DrawOptions(top, self._deterministic or any(sequence.group.request.filtered for sequence in sequences))
+
     # -- drawing -----------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
@@ -353,15 +361,15 @@ class Sampler:
         # Long rows beside long ones: attention works through a few rows at once, as far as the longest reaches.
         ready.sort(key=lambda sequence: -sequence.computed)
         of_part = self._scheduler.by_part(ready)
-        top = max(sequence.group.top for sequence in ready)
+        options = self._options(ready)
         try:
             adapter = self._scheduler.slots.tree()
-            S = self._runner.size_to_use(self._sizes(ready), adapter, top) // self._parts
+            S = self._runner.size_to_use(self._sizes(ready), adapter, options) // self._parts
             places = {part * S + i: sequence for part, rows in enumerate(of_part) for i, sequence in enumerate(rows)}
             rows = Rows.empty(S * len(of_part), pages_for(self._cfg.context_length))
             for place, sequence in places.items():
                 self._scheduler.put(rows, place, sequence)
-            drawn = self._runner.decode(adapter, rows, top)
+            drawn = self._runner.decode(adapter, rows, options)
         except Exception as error:
             self._lose_cache(error, {sequence.group for sequence in ready})
             return

@@ -14,7 +14,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder, Params, unembedding
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
-from tinker_jax.sampling.drawing import Drawn, Rows, advance, nothing_drawn, own_slots
+from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows, advance, nothing_drawn, own_slots
 
 
 class WholeModel:
@@ -45,9 +45,9 @@ class WholeModel:
         args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
         return self._prefill(*args, shape=batch_name(tokens_RT.shape, adapter))
 
-    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> tuple[Pages, Drawn]:
-        """Up to `steps` tokens for every live row; the pool is donated."""
-        return self._decode(self._params, adapter, pages, rows, top=top, shape=batch_name(rows.token.shape, adapter))
+    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Drawn]:
+        """Up to `steps` tokens for every live row; the pool is donated. The program always has the filters."""
+        return self._decode(self._params, adapter, pages, rows, top=options.top, shape=batch_name(rows.token.shape, adapter))
 
     def prepare_prefill(
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
@@ -57,15 +57,15 @@ class WholeModel:
             args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
             self._prefill.prepare(*args, shape=batch_name(tokens_RT.shape, adapter))
 
-    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, top: int) -> None:
+    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> None:
         """Has what decoding such rows needs compiled on another thread."""
-        if not self.is_ready(rows.token.size, adapter, top):
+        if not self.is_ready(rows.token.size, adapter, options):
             shape = batch_name(rows.token.shape, adapter)
-            self._decode.prepare(self._params, adapter, pages, rows, top=top, shape=shape)
+            self._decode.prepare(self._params, adapter, pages, rows, top=options.top, shape=shape)
 
-    def is_ready(self, S: int, adapter: Adapter | None, top: int) -> bool:
+    def is_ready(self, S: int, adapter: Adapter | None, options: DrawOptions) -> bool:
         """Is the program compiled that decodes S rows?"""
-        return self._decode.is_ready(batch_name((S,), adapter), top=top)
+        return self._decode.is_ready(batch_name((S,), adapter), top=options.top)
 
     def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
         """Is the program compiled that prefills a batch of this shape?"""

@@ -2,8 +2,8 @@
 
 A program over the whole model keeps what its layers made in arrays with a layer axis, which are filled with zeros, written to
 and read from again, and takes one piece of memory for all its temporaries, which the system clears at every call. Here nothing
-is copied, the first layers are at work while the programs of the last are compiled, and two micro-batches run side by side:
-what only one core can do in one of them is hidden behind the other.
+is copied, the first layers are at work while the programs of the last are compiled, and two micro-batches run side by side
+where memory allows: what only one core can do in one of them is hidden behind the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
 from tinker_jax.kernels.attention import attention_on
-from tinker_jax.memory import LANES
+from tinker_jax.memory import AT_ONCE_CPU
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Block, Params, rematerialised
 from tinker_jax.models.layers import RMSNorm, rope_table
@@ -52,7 +52,7 @@ class LayerByLayer:
         self._forward = Program(self._forward_layer, "layer forward", static=("remat", "backward"))
         self._loss = Program(self._loss_and_gradients, "loss", static=("loss_fn", "backward"))
         self._backward = Program(self._backward_layer, "layer backward", static=("remat",), donate=(0, 1))
-        self._lanes = ThreadPoolExecutor(LANES, "tinker_jax-lane")
+        self._threads = ThreadPoolExecutor(AT_ONCE_CPU - 1, "tinker_jax-training")
 
     @property
     def programs(self) -> int:
@@ -61,33 +61,36 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Gives the weights back; nothing can be run any more."""
-        self._lanes.shutdown()
+        self._threads.shutdown()
         self._layers, self._ends = [], {}
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
 
     def run(self, call: Call) -> tuple[list[Output], lora_lib.Adapter | None]:
         """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients).
 
-        Returns when the last of each lane are dispatched; waits for those before them.
+        Returns when the last ones are dispatched; waits for those before them.
         """
         # Without a device of its own, as everything that the programs get: they would be compiled again for another placing.
         adapter = jax.device_put(jax.tree.map(host_view, call.adapter))
         outputs: list[Any] = [None] * len(call.batches)
         now = precision()
 
-        def lane(numbers: Sequence[int]) -> lora_lib.Adapter | None:
+        def compute(numbers: Sequence[int]) -> lora_lib.Adapter | None:
             with jax.default_matmul_precision(now):
                 return self._one_after_the_other(call, adapter, numbers, outputs)
 
-        first, *others = _share([batch.tokens.size for batch in call.batches])
-        futures = [self._lanes.submit(lane, numbers) for numbers in others]
-        if futures and call.backward:
+        alone, *together = _share([batch.tokens.size for batch in call.batches], call.at_once)
+        if call.backward and bool(alone) + len(together) > 1:
             self._add.prepare(call.adapter, call.adapter, shape=call.adapter_shape)
-        try:
-            totals = [lane(first)]
-        finally:
-            wait(futures)
-        totals += [future.result() for future in futures]
+        totals = [compute(alone)] if alone else []
+        if together:
+            jax.block_until_ready((outputs, totals))
+            futures = [self._threads.submit(compute, numbers) for numbers in together[1:]]
+            try:
+                totals.append(compute(together[0]))
+            finally:
+                wait(futures)
+            totals += [future.result() for future in futures]
         if not call.backward:
             return outputs, None
         places = jax.tree.map(lambda x: x.sharding, call.adapter)
@@ -206,12 +209,17 @@ class LayerByLayer:
         return g_MD, jax.tree.map(jnp.add, total_head, grads), logprobs, raw
 
 
-def _share(sizes: Sequence[int]) -> list[list[int]]:
-    """Numbers of the micro-batches of each lane: the same for the same sizes, since it decides in which order sums are made."""
-    lanes: list[list[int]] = [[] for _ in range(min(LANES, len(sizes)))]
-    for number in range(len(sizes)):
-        min(lanes, key=lambda lane: sum(sizes[i] for i in lane)).append(number)
-    return lanes
+def _share(sizes: Sequence[int], at_once: int) -> list[list[int]]:
+    """Numbers of the micro-batches that run with no other beside them, then those of each thread.
+
+    The same for the same sizes, since it decides in which order sums are made.
+    """
+    alone = [number for number, size in enumerate(sizes) if 2 * size > at_once]
+    others = [number for number in range(len(sizes)) if number not in alone]
+    threads: list[list[int]] = [[] for _ in range(min(AT_ONCE_CPU, len(others)))]
+    for number in others:
+        min(threads, key=lambda thread: sum(sizes[i] for i in thread)).append(number)
+    return [alone, *threads]
 
 
 def _one_of(stacked: Any, at: jax.Array) -> Any:

@@ -34,6 +34,7 @@ class Call:
         remat: what layers keep for the backward pass.
         trained: groups of the adapter that are trained.
         rank: at which the adapter is computed.
+        at_once: positions of two micro-batches that may be at work together, see `tinker_jax.memory.Plan`.
     """
 
     adapter: lora_lib.Adapter
@@ -45,6 +46,7 @@ class Call:
     remat: Remat
     trained: tuple[str, ...]
     rank: int
+    at_once: int
 
     @property
     def adapter_shape(self) -> str:

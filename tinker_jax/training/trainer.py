@@ -162,7 +162,7 @@ class Trainer:
         )
         widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
         trained, rank = groups(state.lora), lora_lib.bucket(state.lora.rank)
-        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, trained, rank)
+        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, trained, rank, plan.at_once)
         if backward:  # its program will be there when it is asked for
             hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
             self._update.prepare(state.params, state.params, state.opt, hyper, shape=call.adapter_shape)
@@ -225,8 +225,8 @@ class Trainer:
             again: the step had the device to itself.
 
         Returns:
-            None when the step may run again: with half the micro-batch, or with more recomputed where that is one row. Else
-            the error to report.
+            None when the step may run again: micro-batches one at a time, or half as large, or with more recomputed where
+            that is one row. Else the error to report.
         """
         if not isinstance(error, OutOfMemory):
             return error
@@ -238,9 +238,10 @@ class Trainer:
         if plan is None:
             return _too_large(f"a row of {error.shape[1]} tokens, with every layer recomputed,")
         logger.warning(
-            "out of memory on %d x %d tokens: micro-batches of %d tokens, remat %s, become %d tokens, remat %s",
+            "out of memory on %d x %d tokens: micro-batches of %d tokens, remat %s, become %d tokens, remat %s%s",
             *error.shape,
             *(self._plan.token_budget, self._plan.remat, plan.token_budget, plan.remat),
+            ", one at a time" if plan.at_once < self._plan.at_once else "",
         )
         self._plan = plan
         return None
