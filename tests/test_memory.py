@@ -81,9 +81,11 @@ def test_the_residual_stream_is_not_cut_by_tensor_parallelism():
 def test_a_cpu_works_on_two_micro_batches_where_both_fit():
     alone = plan(QWEN3_8B, 4, 200 << 30, platform="cpu")
     assert 2 * alone.token_budget <= alone.at_once
-    tight = plan(QWEN3_8B, 4, base_bytes(QWEN3_8B, 4) + 4 * 1000 * activation_bytes(QWEN3_8B, 4, "full"), platform="cpu")
+    room = 4 * 1000 * activation_bytes(QWEN3_8B, 4, "full")
+    tight = plan(QWEN3_8B, 4, base_bytes(QWEN3_8B, 4) + room, platform="cpu")
     assert tight.token_budget == 1000 and tight.at_once == 2000
-    assert plan(QWEN3_8B, 4, 200 << 30, {"fsdp": 2}, platform="cpu").at_once == plan(QWEN3_8B, 4, 200 << 30, platform="gpu").at_once == 0
+    for others in ({"mesh": {"fsdp": 2}, "platform": "cpu"}, {"platform": "gpu"}):
+        assert plan(QWEN3_8B, 4, 200 << 30, **others).at_once == 0
 
 
 def test_out_of_memory_leaves_a_micro_batch_alone_then_halves_it_then_recomputes():

@@ -20,7 +20,7 @@ from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import batch_name
-from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows
+from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
 from tinker_jax.sampling.layer_by_layer import LayerByLayer
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
@@ -149,7 +149,11 @@ class ModelRunner:
         self._model.prepare_decode(adapter, self._pages, Rows.empty(size, self._width), options)
 
     def prefill(
-        self, adapter: Adapter | None, chunks: Sequence[Chunk | None], T: int, then: tuple[Sequence[int], DrawOptions] | None = None
+        self,
+        adapter: Adapter | None,
+        chunks: Sequence[Chunk | None],
+        T: int,
+        then: tuple[Sequence[int], DrawOptions] | None = None,
     ) -> jax.Array:
         """Writes keys and values of each row's chunk; rows of the same sequence see each other's.
 

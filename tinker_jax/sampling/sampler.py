@@ -26,7 +26,7 @@ from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
 from tinker_jax.memory import token_bytes
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows
+from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
 from tinker_jax.sampling.model_runner import Chunk, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.requests import Request, parse

@@ -14,7 +14,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder, Params, unembedding
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
-from tinker_jax.sampling.drawing import DrawOptions, Drawn, Rows, advance, nothing_drawn, own_slots
+from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows, advance, nothing_drawn, own_slots
 
 
 class WholeModel:
