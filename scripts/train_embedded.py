@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,12 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from tinker_jax.models.config import parse
-from tinker_jax.models.dense import Cache, Decoder, unembedding
+from tinker_jax.models.dense import Decoder, unembedding
 from tinker_jax.models.weights import weights
+from tinker_jax.sampling.sampler import Sampler
+from tinker_jax.sharding import make_mesh
+from tinker_jax.types.model_input import ModelInput
+from tinker_jax.types.sampling import SampleRequest, SamplingParams
 
 OUT = Path(__file__).parents[1] / "tinker_jax" / "embedded" / "tiny-qwen3"
 CONFIG = {
@@ -146,7 +151,7 @@ def init_params(seed: int) -> dict[str, jax.Array]:
 
 def loss_fn(params: dict[str, jax.Array], batch: Batch) -> jax.Array:
     """Weighted mean cross entropy."""
-    hidden, _ = Decoder(CFG, params).forward(batch.tokens, batch.positions, batch.segments)
+    hidden = Decoder(CFG, params).forward(batch.tokens, batch.positions, batch.segments)
     logits = hidden @ unembedding(CFG, params).T
     picked = jnp.take_along_axis(logits, batch.targets.reshape(-1, 1), axis=-1)[:, 0]
     weight = batch.weights.reshape(-1)
@@ -197,46 +202,32 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 # --- evaluation ----------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="new")
-def greedy(params: dict[str, jax.Array], tokens_SP: jax.Array, lengths_S: jax.Array, new: int) -> jax.Array:
-    """The `new` most likely tokens after right-padded prompts, int32 [S, new]."""
-    model, head = Decoder(CFG, params), unembedding(CFG, params)
-    S, P = tokens_SP.shape
-    at = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None], (S, P))
-    hidden, cache = model.forward(tokens_SP, at, jnp.ones((S, P), jnp.int32), keep_cache=True)
-    assert cache is not None
-    cache = Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))) for x in cache))
-    first = jnp.argmax(hidden.reshape(S, P, -1)[jnp.arange(S), lengths_S - 1] @ head.T, axis=-1).astype(jnp.int32)
-
-    def step(carry, _):
-        token, position, cache = carry
-        hidden, cache = model.decode(token, position, cache)
-        following = jnp.argmax(hidden @ head.T, axis=-1).astype(jnp.int32)
-        return (following, position + 1, cache), token
-
-    _, out = jax.lax.scan(step, (first, lengths_S.astype(jnp.int32), cache), None, length=new)
-    return out.T
-
-
 def answers(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]) -> list[str]:
     """Greedy answers of the chat model."""
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    prompts = [
-        tokenizer.encode(
-            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+    sampler = Sampler(
+        CFG,
+        params,
+        mesh=make_mesh(),
+        dtype=jnp.float32,
+        kv_bytes=1 << 28,
+        stop_ids=[stop],
+        decode_text=tokenizer.decode,
+    )
+    greedy = SamplingParams(max_tokens=48, temperature=0.0, stop=[stop])
+    futures = []
+    for question in questions:
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
-        for q in questions
-    ]
-    found, rows = [], 128
-    for start in range(0, len(prompts), rows):
-        chunk = prompts[start : start + rows]
-        tokens = np.zeros((rows, 96), np.int32)
-        lengths = np.ones(rows, np.int32)
-        for r, prompt in enumerate(chunk):
-            tokens[r, : len(prompt)], lengths[r] = prompt, len(prompt)
-        for out in np.asarray(greedy(params, tokens, lengths, 48))[: len(chunk)].tolist():
-            found.append(tokenizer.decode(out[: out.index(stop)] if stop in out else out))
-    return found
+        prompt = ModelInput.from_ints(tokenizer.encode(asked))
+        futures.append(Future())
+        sampler.submit(SampleRequest(prompt=prompt, sampling_params=greedy), "base", None, futures[-1])
+    while sampler.step():
+        pass
+    sampler.close()
+    drawn = [future.result().sequences[0].tokens for future in futures]
+    return [tokenizer.decode(tokens[: tokens.index(stop)] if stop in tokens else tokens) for tokens in drawn]
 
 
 def scores(params: dict[str, jax.Array], tokenizer: PreTrainedTokenizerFast, items: int) -> dict[str, tuple[int, float]]:
