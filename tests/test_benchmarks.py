@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import logging
 import math
 import os
 import subprocess
@@ -204,16 +203,11 @@ def test_the_line_of_training_states_both_sides_shares_of_the_product_rate():
     assert line[train.HEADER.index("share of product rate torch / ours")] == "25 / 50 %"
 
 
-def test_the_compiler_is_waited_for_as_long_as_programs_log():
-    log = rl_loop.Compilations()
-    for message, *args in (
-        ("compiled %s %s in %.1f s", "decode", "4", 1.5),
-        ("loaded %s", "x"),
-        ("compiled %s in %.1f s", "y", 0.5),
-    ):
-        log.emit(logging.LogRecord("tinker_jax", logging.INFO, "", 0, message, tuple(args), None))
-    assert (log.seconds, log.count) == (2.0, 2)
-    line = rl_loop.row("cold", {"step_s": [3.0, 1.0], "compile_s": [2.0, 0.0], "programs": 2})
+def test_waiting_counts_once_for_several_threads():
+    assert rl_loop.covered([(1.0, 2.0), (1.5, 1.7), (5.0, 6.0), (1.5, 3.0)]) == 3.0
+    assert rl_loop.covered([]) == 0
+    assert len(rl_loop.STEPS) == len(rl_loop.SMALL) == 10
+    line = rl_loop.row("cold", {"step_s": [3.0, 1.0], "wait_s": [2.0, 0.0], "programs": 2})
     assert line == ["cold", "4.0 s", "2.0 s", "3.0 s", "50 %", "2"] and len(line) == len(rl_loop.HEADER)
 
 

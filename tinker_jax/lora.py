@@ -162,7 +162,8 @@ def updates(
 
     Args:
         x_MD: the linears' input.
-        adapters: `{"a": [D_in, R], "b": [R, D_out]}` of each, scaled already, or None for one that has none.
+        adapters: `{"a": [D_in, R], "b": [R, D_out]}` of each, scaled already, or None for one that has none; or as `joined`
+            makes them.
         slots_MR: bool, which part of the rank axis each token's own adapter takes; None: all of it.
 
     Returns:
@@ -171,13 +172,30 @@ def updates(
     given = [x for x in adapters if x is not None]
     if not given:
         return [None] * len(adapters)
-    a = jnp.concatenate([x["a"] for x in given], axis=-1).astype(x_MD.dtype)
+    a = jnp.concatenate([x["a"] for x in given if "a" in x], axis=-1).astype(x_MD.dtype)
     z = checkpoint_name(x_MD @ a, PRODUCTS)
     if slots_MR is not None:
         z = jnp.where(jnp.tile(slots_MR, len(given)), z, 0)
-    ends = np.cumsum([x["a"].shape[-1] for x in given])[:-1]
+    ends = np.cumsum([x["b"].shape[-2] for x in given])[:-1]
     parts = iter(jnp.split(z, ends, axis=-1))
     return [None if x is None else next(parts) @ x["b"].astype(x_MD.dtype) for x in adapters]
+
+
+def joined(
+    layers: Mapping[str, Mapping[str, np.ndarray]], together: Sequence[Sequence[str]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The factors of all layers, `a` of linears that read the same input side by side, so that `updates` need not join them.
+
+    Args:
+        layers: NumPy factors by module.
+        together: modules that read the same input; the first that has an adapter gets the `a` of all.
+    """
+    out = {name: dict(factors) for name, factors in layers.items()}
+    for names in together:
+        own = [out[name] for name in names if name in out]
+        if own:
+            own[0]["a"] = np.concatenate([factors.pop("a") for factors in own], axis=-1)
+    return out
 
 
 def groups(*, train_attn: bool, train_mlp: bool, train_unembed: bool) -> tuple[str, ...]:

@@ -88,11 +88,11 @@ def host_view(x: jax.Array) -> np.ndarray:
 
 
 def views_of_layers(stacked: Any, count: int) -> list[Any]:
-    """Each layer of arrays stacked on a leading axis that lie on JAX's default device, a CPU.
+    """Each layer of arrays stacked on a leading axis: NumPy's, or JAX's on its default device, a CPU.
 
     No copies as long as a layer begins where XLA can read it: at a multiple of 64 bytes.
     """
-    host = jax.tree.map(host_view, stacked)
+    host = jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else host_view(x), stacked)
     return [jax.device_put(jax.tree.map(lambda x, at=at: x[at], host)) for at in range(count)]
 
 

@@ -10,6 +10,7 @@ import tiny
 from tinker_jax import lora, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.config import parse
+from tinker_jax.models.dense import SAME_INPUT
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
 from tinker_jax.sampling.drawing import DrawOptions, Rows, nothing_drawn
@@ -53,9 +54,14 @@ def test_a_layers_weights_and_factors_are_views_of_their_stack():
     for at in range(3):
         for name, x in model._layers[at].items():
             assert x.unsafe_buffer_pointer() == np.asarray(params[name])[at].ctypes.data, name
-        for module, factors in model._factors[at].items():
-            for factor, x in factors.items():
-                assert x.unsafe_buffer_pointer() == np.asarray(tree["layers"][module][factor])[at].ctypes.data, module
+        own, stacked = model._factors[at], tree["layers"]
+        for module, factors in own.items():
+            for factor in ("b",) if any(module in names for names in SAME_INPUT) else ("a", "b"):
+                assert factors[factor].unsafe_buffer_pointer() == np.asarray(stacked[module][factor])[at].ctypes.data, module
+        for first, *others in SAME_INPUT:
+            side_by_side = np.concatenate([stacked[name]["a"][at] for name in (first, *others)], axis=-1)
+            np.testing.assert_array_equal(own[first]["a"], side_by_side)
+            assert not any("a" in own[name] for name in others)
     assert model._ends["embed.embedding"].unsafe_buffer_pointer() == params["embed.embedding"].unsafe_buffer_pointer()
 
 

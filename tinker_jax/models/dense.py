@@ -35,6 +35,9 @@ _KEPT: Mapping[Remat, tuple[str, ...]] = {"none": (PRODUCTS, RESIDUALS), "attent
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Linears of a layer that read the same tokens."""
+
 Layers = Sequence[tuple["Block", Mapping[str, Any]]]
 """Each layer's weights and its part of an adapter."""
 
@@ -68,14 +71,14 @@ class Block(nnx.Module):
         def linears(x_MD: jax.Array, *names: str) -> list[jax.Array]:
             return project(x_MD, [getattr(self, name) for name in names], [lora.get(name) for name in names], slots_MR)
 
-        q, k, v = linears(self.attn_norm(h_MD), "q_proj", "k_proj", "v_proj")
+        q, k, v = linears(self.attn_norm(h_MD), *SAME_INPUT[0])
         q_MNH, k_MKH, v_MKH = q.reshape(M, cfg.N, cfg.H), k.reshape(M, cfg.K, cfg.H), v.reshape(M, cfg.K, cfg.H)
         if self.q_norm is not None and self.k_norm is not None:
             q_MNH, k_MKH = self.q_norm(q_MNH), self.k_norm(k_MKH)
         out_MNH = attend(rotate(q_MNH, rope), rotate(k_MKH, rope), v_MKH)
         (out_MD,) = linears(out_MNH.reshape(M, cfg.N * cfg.H), "o_proj")
         h_MD = h_MD + out_MD
-        gate_MF, up_MF = linears(self.mlp_norm(h_MD), "gate_proj", "up_proj")
+        gate_MF, up_MF = linears(self.mlp_norm(h_MD), *SAME_INPUT[1])
         (down_MD,) = linears(jax.nn.silu(gate_MF) * up_MF, "down_proj")
         return h_MD + down_MD
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.kernels.linear_cross_entropy import head_logits
-from tinker_jax.lora import Adapter
+from tinker_jax.lora import Adapter, joined
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Block, Params, unembedding
+from tinker_jax.models.dense import SAME_INPUT, Block, Params, unembedding
 from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
@@ -152,7 +152,8 @@ class LayerByLayer:
         if adapter is self._adapter:
             return
         layers, head = (adapter or {}).get("layers"), (adapter or {}).get("lm_head")
-        self._factors = views_of_layers(layers, self._cfg.L) if layers else self._no_factors
+        host = joined(jax.tree.map(host_view, layers), SAME_INPUT) if layers else {}
+        self._factors = views_of_layers(host, self._cfg.L) if layers else self._no_factors
         self._head = head and jax.device_put(jax.tree.map(host_view, head))
         self._adapter = adapter
 

@@ -8,8 +8,6 @@ by the online softmax of Milakov & Gimelshein (arXiv:1805.02867).
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -79,15 +77,17 @@ def worklist_attend(
         # No list reaches the last entry: it stays as it is, for the pages that a row does not have.
         parts = jnp.full((most, K, G, T), -jnp.inf), jnp.zeros((most, K, G, T)), jnp.zeros((most, K, G, T, H))
         _, *parts = jax.lax.while_loop(lambda carry: carry[0] * few < ends_R[-1], some, (jnp.int32(0), *parts))
-        # Written out: XLA's reduction of these takes a CPU longer than all of the above.
-        found = [[_rows(x, jnp.where(n < count_R, starts_R + n, most - 1)) for x in parts] for n in range(_SPAN)]
-        new_top = functools.reduce(jnp.maximum, [part_top for part_top, _, _ in found], top)
-        share = jnp.exp(top - new_top)
-        total, acc = total * share, acc * share[..., None]
-        for part_top, part_total, part_acc in found:
-            share = jnp.exp(part_top - new_top)
-            total, acc = total + share * part_total, acc + share[..., None] * part_acc
-        return at + 1, new_top, total, acc
+
+        def put_together(n, carry):
+            top, total, acc = carry
+            at_R = jnp.where(n < count_R, starts_R + n, most - 1)
+            part_top, part_total, part_acc = (_rows(x, at_R) for x in parts)
+            new_top = jnp.maximum(top, part_top)
+            old, new = jnp.exp(top - new_top), jnp.exp(part_top - new_top)
+            return new_top, total * old + part_total * new, acc * old[..., None] + part_acc * new[..., None]
+
+        # A loop: XLA's reduction of these takes a CPU longer than all of the above.
+        return at + 1, *jax.lax.fori_loop(0, jnp.max(count_R), put_together, (top, total, acc))
 
     start = jnp.min(begin_R) // _SPAN, top, total, jnp.zeros((R, K, G, T, H))
     _, _, total, acc = jax.lax.while_loop(lambda carry: carry[0] * _SPAN < jnp.max(end_R), span, start)
