@@ -30,7 +30,7 @@ STEPS = 16
 
 _COPIES = 16  # pages copied by one call
 _LARGER = 4  # a batch may have so many times the rows that it needs, rather than wait for a compiler
-_PATIENCE = 8  # calls that programs of another size serve before those of the best one are compiled: short work is done by then
+_PATIENCE = 4  # calls that programs of another size serve before those of the best one are compiled: short work is done by then
 
 
 @dataclass(frozen=True)
