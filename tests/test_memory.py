@@ -91,7 +91,7 @@ def test_a_cpu_works_on_two_micro_batches_where_both_fit():
 def test_out_of_memory_leaves_a_micro_batch_alone_then_halves_it_then_recomputes():
     plans = [Plan(1024, "none", 1, at_once=4096)]
     while plans[-1] is not None:
-        plans.append(smaller(plans[-1], (1, plans[-1].token_budget), 512))
+        plans.append(smaller(plans[-1], (1, plans[-1].token_budget), 512, several=True))
     steps = [(p.token_budget, p.remat, 2 * p.token_budget <= p.at_once) for p in plans[:-1]]
     assert steps == [
         (1024, "none", True),

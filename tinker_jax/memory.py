@@ -56,33 +56,34 @@ class OutOfMemory(MemoryError):
         plan: what it ran under.
         shape: (rows, length) of its largest micro-batch; None: it has none.
         least: length of the row that its longest sequence needs.
+        several: it has more micro-batches than one.
     """
 
-    def __init__(self, text: str, plan: Plan, shape: tuple[int, int] | None, least: int) -> None:
+    def __init__(self, text: str, plan: Plan, shape: tuple[int, int] | None, least: int, several: bool) -> None:
         super().__init__(text)
-        self.plan, self.shape, self.least = plan, shape, least
+        self.plan, self.shape, self.least, self.several = plan, shape, least, several
 
 
 @contextlib.contextmanager
-def out_of_memory(plan: Plan, shape: tuple[int, int] | None = None, least: int = 0) -> Iterator[None]:
+def out_of_memory(plan: Plan, shape: tuple[int, int] | None = None, least: int = 0, several: bool = False) -> Iterator[None]:
     """Raises XLA's out-of-memory, which is known by its text alone, as `OutOfMemory`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory allocating")):
             raise
-        raise OutOfMemory(str(error), plan, shape, least) from error
+        raise OutOfMemory(str(error), plan, shape, least, several) from error
 
 
-def smaller(plan: Plan, shape: tuple[int, int], least: int) -> Plan | None:
-    """What to try after a micro-batch of `shape` did not fit: no other beside it, then half of it, or when its longest
-    sequence needs it all, more recomputed.
+def smaller(plan: Plan, shape: tuple[int, int], least: int, several: bool) -> Plan | None:
+    """What to try after a micro-batch of `shape` did not fit: none of `several` others beside it, then half of it, or when
+    its longest sequence needs it all, more recomputed.
 
     Returns:
         A plan that makes the same micro-batch smaller or leaves it alone, or None when nothing is left to save.
     """
     rows, length = shape
-    if 2 * rows * length <= plan.at_once:
+    if several and 2 * rows * length <= plan.at_once:
         return replace(plan, at_once=2 * rows * length - 1)
     if length > least:
         budget = min(plan.token_budget, rows * length) // 2

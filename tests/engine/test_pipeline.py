@@ -136,21 +136,20 @@ def test_a_refused_step_under_way_leaves_the_later_ones_as_if_it_had_not_been(en
 
 @pytest.mark.parametrize("call", range(3))
 @pytest.mark.parametrize("where", ["dispatch", "read"])
-def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(engine, monkeypatch, caplog, where, call):
+def test_out_of_memory_leaves_a_micro_batch_alone_then_halves_it_and_loses_nothing(engine, monkeypatch, caplog, where, call):
     calm = results(rounds(engine, "calm"))
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="tinker_jax"):
         if where == "dispatch":
-            patch.setattr(engine._trainer._model, "run", failing(engine._trainer._model.run, {call}))
+            patch.setattr(engine._trainer._model, "run", failing(engine._trainer._model.run, {call, call + 1}))
         else:
             reads = {0: 0, 1: 1, 2: 3}  # the optimiser's is between
             patch.setattr(jax, "device_get", failing(jax.device_get, {reads[call]}))
         values = results(rounds(engine, "tried"))
     np.testing.assert_allclose(values, calm, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(adapter(engine, "tried"), adapter(engine, "calm"), atol=1e-5)
-    (warning,) = (record.getMessage() for record in caplog.records)
-    assert warning == (
-        "out of memory on 1 x 1024 tokens: micro-batches of 1024 tokens, remat none, become 512 tokens, remat none"
-    )
+    before, tokens = "out of memory on 1 x 1024 tokens: micro-batches of 1024 tokens, remat none, become ", [1024, 512]
+    warnings = [f"{before}{n} tokens, remat none, one at a time" for n in tokens[: 2 if where == "dispatch" else 1]]
+    assert [record.getMessage() for record in caplog.records] == warnings
 
 
 @pytest.mark.parametrize("where", ["dispatch", "read"])
@@ -177,7 +176,8 @@ def test_a_call_that_does_not_fit_in_any_way_is_refused_and_changes_nothing(engi
     assert refused.match(r"a row of 512 tokens, with every layer recomputed, does not fit into a device of .* GiB")
     assert refused.match(".*Shorten the longest sequence, lower the LoRA rank, or cut the model over more devices")
     ends = [record.getMessage().rpartition(" become ")[2] for record in caplog.records]
-    assert ends == [f"512 tokens, remat {remat}" for remat in ("none", "attention", "full")]
+    alone, halved = (f"{tokens} tokens, remat none, one at a time" for tokens in (1024, 512))
+    assert ends == [alone, halved, "512 tokens, remat attention", "512 tokens, remat full"]
     rest = [forward_backward(engine, "tried", 1), engine.optim_step("tried", STEP)]
     rest += [forward_backward(engine, "tried", 2), engine.optim_step("tried", STEP)]
     np.testing.assert_allclose(results([first, *rest]), calm, atol=1e-5, rtol=1e-5)

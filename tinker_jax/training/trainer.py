@@ -166,7 +166,8 @@ class Trainer:
         if backward:  # its program will be there when it is asked for
             hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
             self._update.prepare(state.params, state.params, state.opt, hyper, shape=call.adapter_shape)
-        with out_of_memory(plan, widest, least):
+        several = len(batches) > 1
+        with out_of_memory(plan, widest, least, several):
             outputs, grads = self._model.run(call)
             if backward and state.grads is not None:
                 grads = self._add(state.grads, grads, shape=call.adapter_shape)
@@ -174,7 +175,7 @@ class Trainer:
             state.grads = grads
 
         def read() -> tuple[list[np.ndarray], dict[str, float]]:
-            with out_of_memory(plan, widest, least):
+            with out_of_memory(plan, widest, least, several):
                 host = jax.device_get(outputs)  # one transfer
                 jax.block_until_ready(grads)  # the sum is a program of its own, whose failure must not surface later
             logprobs = unpack(batches, [lp for lp, _ in host], len(data))
@@ -234,7 +235,7 @@ class Trainer:
             return _too_large("optim_step") if again else None
         if error.plan is not self._plan:  # there is more room since
             return None
-        plan = memory.smaller(self._plan, error.shape, error.least)
+        plan = memory.smaller(self._plan, error.shape, error.least, error.several)
         if plan is None:
             return _too_large(f"a row of {error.shape[1]} tokens, with every layer recomputed,")
         logger.warning(
