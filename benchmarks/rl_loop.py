@@ -2,10 +2,9 @@
 
 Ten steps like those of `examples/rl_arithmetic.py`, which takes 24 prompts, 8 samples of each and 8 new tokens: here every step
 has another number of prompts and samples, other lengths of prompts and another limit of tokens. `--small` takes a sixth of the
-work, in which there are as many programs. A cold process finds no compiled program, a warm one after it finds those of the
-first. It waits for the compiler while a thread that wants to run a program waits until that is compiled or read from the cache;
-what is compiled meanwhile on other threads shares the cores, but makes nobody wait. Samples are seeded, so that both processes
-meet the same shapes.
+work. A cold process finds no compiled program, a warm one after it finds those of the first. It waits for the compiler while a
+thread that wants to run a program waits until that is compiled or read from the cache; what is compiled meanwhile on other
+threads shares the cores, but makes nobody wait. Samples are seeded, so that both processes meet the same shapes.
 
     python benchmarks/rl_loop.py [--model DIRECTORY] [--steps 10] [--small] [--json out.json]
 """
@@ -93,17 +92,17 @@ def loop(model: str, steps: Sequence[tuple[int, int, int, int]]) -> dict[str, An
         step.result(), update.result()
         times.append(time.perf_counter() - start)
         waits.append(covered(spans[before:]))
-    return {"step_s": times, "wait_s": waits, "programs": len(spans)}
+    return {"step_s": times, "wait_s": waits, "waits": len(spans)}
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:
     """A line of the table."""
     wall, waited, slowest = sum(result["step_s"]), sum(result["wait_s"]), max(result["step_s"])
     times = [f"{seconds:.1f} s" for seconds in (wall, waited, slowest)]
-    return [name, *times, f"{100 * waited / wall:.0f} %", str(result["programs"])]
+    return [name, *times, f"{100 * waited / wall:.0f} %", str(result["waits"])]
 
 
-HEADER = ["process", "wall time", "of it waiting for the compiler", "slowest step", "share of waiting", "programs"]
+HEADER = ["process", "wall time", "of it waiting for the compiler", "slowest step", "share of waiting", "waits"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -207,7 +207,7 @@ def test_waiting_counts_once_for_several_threads():
     assert rl_loop.covered([(1.0, 2.0), (1.5, 1.7), (5.0, 6.0), (1.5, 3.0)]) == 3.0
     assert rl_loop.covered([]) == 0
     assert len(rl_loop.STEPS) == len(rl_loop.SMALL) == 10
-    line = rl_loop.row("cold", {"step_s": [3.0, 1.0], "wait_s": [2.0, 0.0], "programs": 2})
+    line = rl_loop.row("cold", {"step_s": [3.0, 1.0], "wait_s": [2.0, 0.0], "waits": 2})
     assert line == ["cold", "4.0 s", "2.0 s", "3.0 s", "50 %", "2"] and len(line) == len(rl_loop.HEADER)
 
 

@@ -147,3 +147,18 @@ def test_while_it_waits_for_pages(alone, monkeypatch):
     assert not preemptions
     for name, future in futures.items():
         same(future.result(0), alone[name], atol=0)
+
+
+def test_the_filters_are_always_in_the_program(monkeypatch):
+    """Elsewhere a batch without them takes a program without them, which may round another way."""
+    for sampler, plain in ((shared(deterministic=True), True), (shared(), False)):
+        calls = spy(monkeypatch, sampler._runner, "decode")
+        for settings, expected in (
+            ({}, plain),
+            ({"temperature": 0, "top_k": 3}, plain),
+            ({"top_k": 3}, True),
+            ({"top_p": 0.9}, True),
+        ):
+            calls.clear()
+            run(sampler, ask([3, 4, 5], max_tokens=2, stop=[], **settings))
+            assert {options.filters for _, _, options in calls} == {expected}

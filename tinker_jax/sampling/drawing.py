@@ -178,7 +178,7 @@ def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array, filters: bool 
         logits_SV: float32.
         rows: settings of the rows.
         position_S: where the drawn tokens will stand.
-        filters: whether some row may have a filter; the sort is most of what there is to compile.
+        filters: whether some row may have a filter; the sort is nearly half of what there is to compile.
 
     Returns:
         Token ids int32 [S], and log p_τ of every token [S, V].
