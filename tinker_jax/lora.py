@@ -182,19 +182,20 @@ def updates(
 
 
 def joined(
-    layers: Mapping[str, Mapping[str, np.ndarray]], together: Sequence[Sequence[str]]
-) -> dict[str, dict[str, np.ndarray]]:
+    layers: Mapping[str, Mapping[str, Any]], together: Sequence[Sequence[str]], concatenate: Callable[..., Any] = np.concatenate
+) -> dict[str, dict[str, Any]]:
     """The factors of all layers, `a` of linears that read the same input side by side, so that `updates` need not join them.
 
     Args:
-        layers: NumPy factors by module.
+        layers: factors by module.
         together: modules that read the same input; the first that has an adapter gets the `a` of all.
+        concatenate: of the factors' kind of array.
     """
     out = {name: dict(factors) for name, factors in layers.items()}
     for names in together:
         own = [out[name] for name in names if name in out]
         if own:
-            own[0]["a"] = np.concatenate([factors.pop("a") for factors in own], axis=-1)
+            own[0]["a"] = concatenate([factors.pop("a") for factors in own], axis=-1)
     return out
 
 

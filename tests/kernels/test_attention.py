@@ -1,5 +1,6 @@
 """Every attention backend equals the plain formula, forward and backward, on packed rows."""
 
+import functools
 import logging
 from types import SimpleNamespace
 
@@ -178,6 +179,18 @@ class TestCudnn(AttentionTests):
     def test_passes_its_self_check(self):
         assert mesh.cudnn_fault((4, 2, 128), "bfloat16") is None
 
+    def test_room_for_fewer_segments_changes_nothing(self):
+        q, k, v, seg, g = make(2, 96, 4, 2, 64, [packed(96, [30, 50]), packed(96, [96])])
+        q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, g))
+
+        def run(most):
+            f = functools.partial(attention, implementation="cudnn", scale=0.3, most_segments=most)
+            out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, seg), q, k, v)
+            return [np.asarray(x, np.float32) for x in (out, *vjp(g))]
+
+        for few, many in zip(run(3), run(cudnn.MAX_SEGMENTS), strict=True):
+            np.testing.assert_allclose(few, many, atol=0.02 * np.abs(many).max())
+
     def test_a_row_of_too_many_segments_is_not_silently_wrong(self):
         T = 2 * cudnn.MAX_SEGMENTS
         seg = [packed(T, [1] * T), packed(T, [2] * cudnn.MAX_SEGMENTS)]
@@ -237,7 +250,7 @@ def test_the_self_check_finds_a_kernel_that_ignores_segments(honours_segments, m
         return reference_attention(q, k, v, seg, sinks, scale=scale, window=window)
 
     backend = api._backend
-    monkeypatch.setattr(api, "_backend", lambda name, platform: kernel if name == "cudnn" else backend(name, platform))
+    monkeypatch.setattr(api, "_backend", lambda name, *more: kernel if name == "cudnn" else backend(name, *more))
     fault = mesh.cudnn_fault.__wrapped__((2, 1, 8), "bfloat16")
     assert fault is None if honours_segments else "output differs from the plain formula" in fault
 

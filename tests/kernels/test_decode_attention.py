@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, paged_attention_on, ragged, worklist, xla
+from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, cudnn, paged_attention_on, ragged, worklist, xla
 
 
 class Batch:
@@ -291,6 +291,68 @@ class TestWorklist(PagedTests):
         assert read(1, slice(0, 1), None) and not read(1, slice(1, None), None)
 
 
+def paged_formula(q_RNTH, k_PNSH, v_PNSH, queries_R, keys_R, tables_RW, scale):
+    """What cuDNN's operation computes; what lies behind a row's queries is left to chance."""
+    k, v = (x[tables_RW].swapaxes(1, 2).reshape(len(tables_RW), x.shape[1], -1, x.shape[3]) for x in (k_PNSH, v_PNSH))
+    s = scale * jnp.einsum("RNTH,RNSH->RNTS", q_RNTH, k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(s.shape[-1])[None] < keys_R[:, None]
+    p = jax.nn.softmax(jnp.where(seen[:, None, None], s, -jnp.inf), axis=-1)
+    out = jnp.einsum("RNTS,RNSH->RNTH", p.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q_RNTH.dtype)
+    return jnp.where((jnp.arange(q_RNTH.shape[2])[None] < queries_R[:, None])[:, None, :, None], out, jnp.nan)
+
+
+class TestAroundCudnn(PagedTests):
+    """What surrounds cuDNN's operation, a formula in its place; that one takes float32 and attention sinks go to XLA."""
+
+    implementation = "cudnn"
+
+    @pytest.fixture(autouse=True)
+    def stand_in(self, monkeypatch):
+        monkeypatch.setattr(cudnn, "_paged", paged_formula)
+
+    def paged(self, batch, axes=None):
+        def attend(*arrays, **more):
+            way = cudnn.cudnn_attend if arrays[4] is None else functools.partial(xla.xla_attend, keys_as_rows=True)
+            return way(*arrays, **more)
+
+        empty = functools.partial(cudnn.empty_rows, H=batch.heads[2], dtype=batch.dtype)
+        backend = api.Backend(empty, cudnn.write_rows, attend, heads_axis=1)
+        return PagedAttention(sharding.make_mesh(axes), backend, batch.heads[1])
+
+
+@pytest.mark.gpu
+class TestCudnn:
+    """Compared with the formula on a CPU, in float32 of what bfloat16 holds."""
+
+    def run(self, lengths, T=1, heads=(32, 8, 128), window=None):
+        batch = Batch(lengths, T, heads, dtype=jnp.bfloat16)
+        out = batch.run(on(batch, "cudnn"), window=window)
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_allclose(out, batch.formula(window=window), rtol=0, atol=0.02)
+        return batch, out
+
+    @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (4, 4, 64), (9, 3, 64), (6, 1, 256), (4, 2, 8)])
+    @pytest.mark.parametrize("lengths", [EDGES, [0, 5, 0, 200], [0, 0], [1 + 17 * i for i in range(37)]])
+    def test_equals_the_formula(self, lengths, heads):
+        self.run(lengths, heads=heads)
+
+    @pytest.mark.parametrize(("T", "window"), [(1, 20), (64, None), (64, 20)])
+    def test_what_goes_through_xla_equals_the_formula(self, T, window):
+        self.run([*EDGES, 0], T, window=window)
+
+    def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self):
+        batch, out = self.run([1000, 64, 65, 700, 1, 333, 2, 900])
+        for order in ([0, 4, 4, 4, 4, 4, 4, 4], [3, 2, 1, 0, 7, 6, 5, 4], [7, 7, 7, 7, 7, 7, 7, 0]):
+            np.testing.assert_array_equal(batch.take(order).run(on(batch, "cudnn")), out[np.asarray(order)])
+
+    def test_passes_its_self_check(self):
+        assert cudnn._fault((32, 8, 128), "bfloat16") is None
+
+    def test_is_what_a_gpu_takes(self):
+        chosen = paged_attention_on(sharding.make_mesh(), (32, 8, 128), jnp.bfloat16)
+        assert chosen.backend.attend is cudnn.cudnn_attend
+
+
 @pytest.mark.parametrize(("lengths", "T", "window"), [([0, PAGE + 1], 1, None), ([10, 45], 20, 7)])
 def test_the_ragged_kernel_is_given_what_it_wants(lengths, T, window, monkeypatch):
     """It runs on TPUs alone: the formula that JAX ships beside it stands in for it."""
@@ -328,6 +390,42 @@ def test_the_ragged_kernel_says_what_it_cannot_do(platform, heads, dtype, more, 
         paged_attention_on(mesh_of(platform), heads, dtype, "ragged", **more)
 
 
+@pytest.mark.parametrize(
+    ("platform", "heads", "dtype", "more", "reason"),
+    [
+        ("tpu", (32, 8, 128), jnp.bfloat16, {}, "not on 'tpu'"),
+        ("gpu", (32, 8, 128), jnp.float32, {}, "bfloat16 and float16, not float32"),
+        ("gpu", (32, 8, 100), jnp.bfloat16, {}, "not 100"),
+        ("gpu", (32, 8, 128), jnp.bfloat16, {"sinks": True}, "no attention sinks"),
+    ],
+)
+def test_paged_cudnn_says_what_it_cannot_do(platform, heads, dtype, more, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        paged_attention_on(mesh_of(platform), heads, dtype, "cudnn", **more)
+
+
+def test_paged_cudnn_needs_the_private_function_as_it_was(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+    assert paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16).backend.attend is cudnn.cudnn_attend
+    monkeypatch.setattr(module, "_dot_product_attention", lambda query, key, value, page_table_k, page_table_v: None)
+    with pytest.raises(NotImplementedError, match="no bias, cudnn_version, dropout_rate"):
+        paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "cudnn")
+
+
+def test_paged_cudnn_that_is_wrong_on_the_device_is_passed_over(monkeypatch):
+    cudnn._fault.cache_clear()
+    monkeypatch.setattr(cudnn, "_private", lambda: None)
+    monkeypatch.setattr(cudnn, "_paged", lambda q, *rest: q)
+    with pytest.raises(NotImplementedError, match="self-check: it differs from the plain formula"):
+        cudnn.check((4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
+    cudnn._fault.cache_clear()
+    monkeypatch.setattr(cudnn, "_paged", paged_formula)
+    cudnn.check((4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
+    cudnn._fault.cache_clear()
+
+
 def test_a_backend_that_cannot_do_the_case_is_passed_over_and_logged_once(caplog):
     api._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING, "tinker_jax"):
@@ -341,5 +439,6 @@ def test_each_platform_gets_its_best():
         return paged_attention_on(mesh_of(platform), (32, 8, 128), jnp.bfloat16).backend.attend
 
     assert chosen("tpu") is ragged.ragged_attend
-    assert chosen("gpu") is xla.xla_attend
+    assert chosen("gpu") is xla.xla_attend  # no cuDNN here
     assert chosen("cpu") is worklist.worklist_attend
+    assert paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.float32).backend.attend is xla.xla_attend

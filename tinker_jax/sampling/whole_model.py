@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.kernels.linear_cross_entropy import head_logits
-from tinker_jax.lora import Adapter
+from tinker_jax.lora import Adapter, joined
 from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Decoder, Params, unembedding
+from tinker_jax.models.dense import SAME_INPUT, Decoder, Params, unembedding
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows, advance, nothing_drawn, own_slots
@@ -88,7 +88,11 @@ class WholeModel:
     def decode_program(self, params, adapter, pages, rows, *, top):
         """Ends early when no row is live."""
         decoder, kernel_VD = Decoder(self._cfg, params), unembedding(self._cfg, params)
-        layers, head = decoder.unstacked(adapter) if self._unstack else None, (adapter or {}).get("lm_head")
+        head = (adapter or {}).get("lm_head")
+        if adapter is not None:  # what every step would else do with the factors
+            factors = joined(adapter.get("layers", {}), SAME_INPUT, jnp.concatenate)
+            adapter = {"layers": jax.tree.map(lambda x: x.astype(kernel_VD.dtype), factors)}
+        layers = decoder.unstacked(adapter) if self._unstack else None
         rows = Rows(*(jnp.asarray(x) for x in rows))
         table, slots = rows.table, own_slots(rows.slots, adapter_rank(adapter))
 

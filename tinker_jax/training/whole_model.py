@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,12 +11,14 @@ from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
 from tinker_jax import sharding
-from tinker_jax.kernels.attention import attention_on
+from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder, Params
 from tinker_jax.programs import Program
 from tinker_jax.training.objective import Call, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
+
+_FEW_SEGMENTS = 16  # of a row; for such a micro-batch a GPU gets a program that sets aside room for no more
 
 
 class WholeModel:
@@ -32,7 +35,7 @@ class WholeModel:
     def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, places: Any, add: Program) -> None:
         self._cfg, self._params, self._mesh, self._places, self._add = cfg, params, mesh, places, add
         self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
-        self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained"))
+        self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained", "most_segments"))
 
     @property
     def programs(self) -> int:
@@ -58,6 +61,7 @@ class WholeModel:
                 backward=call.backward,
                 remat=call.remat,
                 trained=call.trained,
+                most_segments=self._most_segments(batch),
             )
             outputs.append(tuple(output))
             total = grads if total is None else self._add(total, grads, shape=call.adapter_shape)
@@ -67,13 +71,19 @@ class WholeModel:
         """Where each array of a micro-batch lies."""
         return {k: sharding.named(self._mesh, ("rows",) + (None,) * (x.ndim - 1)) for k, x in batch.arrays.items()}
 
-    def step(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained):
+    def _most_segments(self, batch: MicroBatch) -> int:
+        """The padding counts as one."""
+        few = self._mesh.devices.flat[0].platform == "gpu" and batch.segments.max() < _FEW_SEGMENTS
+        return _FEW_SEGMENTS if few else MAX_SEGMENTS
+
+    def step(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained, most_segments=MAX_SEGMENTS):
         """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
+        attention = functools.partial(self._attention, most_segments=most_segments)
 
         def loss(adapter):
             factors = lora_lib.scaled(adapter, scale)
             h_MD = Decoder(self._cfg, params).forward(
-                batch["tokens"], batch["positions"], batch["segments"], factors, remat=remat, attention=self._attention
+                batch["tokens"], batch["positions"], batch["segments"], factors, remat=remat, attention=attention
             )
             return loss_of_hidden(self._cfg, params, self._mesh, loss_fn, h_MD, factors.get("lm_head"), batch, config)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
 from tinker_jax.kernels.attention.blockwise import blockwise_attention
-from tinker_jax.kernels.attention.cudnn import cudnn_attention
+from tinker_jax.kernels.attention.cudnn import MAX_SEGMENTS, cudnn_attention
 from tinker_jax.kernels.attention.reference import reference_attention
 
 logger = logging.getLogger("tinker_jax")
@@ -39,6 +39,7 @@ def attention(
     sinks_N: jax.Array | None = None,
     implementation: Implementation | None = None,
     mesh: Mesh | None = None,
+    most_segments: int = MAX_SEGMENTS,
 ) -> jax.Array:
     """softmax(scale · q kᵀ) v, where a token sees itself and what came before it in its own segment.
 
@@ -58,9 +59,11 @@ def attention(
             `"reference"` is the plain formula.
             `"blockwise"` never holds a T × T array and skips blocks that no segment touches.
             `"splash"` is Pallas' kernel for TPUs; interpreted, slowly, on CPU.
-            `"cudnn"` is NVIDIA's, for Hopper or newer; at most `MAX_SEGMENTS` sequences a row, or that row becomes NaN.
+            `"cudnn"` is NVIDIA's, for Hopper or newer; a row of more than `most_segments` becomes NaN.
         mesh: where the arrays live, for programs of several devices and for devices that are not JAX's default. Rows are cut
             over `data` and `fsdp`, heads over `tensor`, where they divide.
+        most_segments: of a row, padding counted as one, at most `MAX_SEGMENTS`. What `"cudnn"` costs beside its products grows
+            with it; the others do not mind.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are computed in float32.
@@ -73,10 +76,10 @@ def attention(
     arrays = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sinks_N)
     for name in others:
         try:
-            return _run(name, platform, mesh, arrays, scale, window)
+            return _run(name, platform, mesh, arrays, scale, window, most_segments)
         except NotImplementedError as reason:
             _log_fallback(name, str(reason))
-    return _run(last, platform, mesh, arrays, scale, window)
+    return _run(last, platform, mesh, arrays, scale, window, most_segments)
 
 
 @functools.cache  # once for each reason
@@ -84,14 +87,16 @@ def _log_fallback(name: str, reason: str) -> None:
     logger.warning("attention: %s is not used: %s", name, reason)
 
 
-def _run(name: Implementation, platform: str, mesh: Mesh | None, arrays, scale: float, window: int | None) -> jax.Array:
-    run = functools.partial(_backend(name, platform), scale=scale, window=window)
+def _run(
+    name: Implementation, platform: str, mesh: Mesh | None, arrays, scale: float, window: int | None, most_segments: int
+) -> jax.Array:
+    run = functools.partial(_backend(name, platform, most_segments), scale=scale, window=window)
     if name != "reference" and mesh is not None and mesh.size > 1:
         run = _on_each_device(run, mesh, arrays)
     return run(*arrays)
 
 
-def _backend(name: Implementation, platform: str) -> Callable[..., jax.Array]:
+def _backend(name: Implementation, platform: str, most_segments: int) -> Callable[..., jax.Array]:
     if name == "splash":
         if platform not in ("tpu", "cpu"):
             raise NotImplementedError(f"splash attention runs on TPUs, not on {platform!r}")
@@ -101,7 +106,7 @@ def _backend(name: Implementation, platform: str) -> Callable[..., jax.Array]:
     if name == "cudnn":
         if platform != "gpu":
             raise NotImplementedError(f"cuDNN attention runs on NVIDIA GPUs, not on {platform!r}")
-        return cudnn_attention
+        return functools.partial(cudnn_attention, most_segments=most_segments)
     if name == "blockwise":
         return functools.partial(blockwise_attention, rows_at_once=1 if platform == "cpu" else None)
     return reference_attention

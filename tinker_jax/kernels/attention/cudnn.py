@@ -6,14 +6,15 @@ takes where each segment of a row starts and how long it is. This file is the on
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tinker_jax.kernels.cudnn import private
+
 MAX_SEGMENTS = 64
-"""Most segments a row may hold, padding counted as one. cuDNN keeps float32 [B · MAX_SEGMENTS, N, T] for the backward pass."""
+"""Most segments a row may hold, padding counted as one."""
 
 _KEYWORDS = {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type", "qkv_layout"}
 
@@ -27,8 +28,12 @@ def cudnn_attention(
     *,
     scale: float,
     window: int | None,
+    most_segments: int = MAX_SEGMENTS,
 ) -> jax.Array:
-    """See `tinker_jax.kernels.attention.attention`. A row of more than `MAX_SEGMENTS` segments becomes NaN."""
+    """See `tinker_jax.kernels.attention.attention`. A row of more than `most_segments` segments becomes NaN.
+
+    cuDNN keeps float32 [B · most_segments, N, T] for the backward pass, and looks at all of it.
+    """
     T, N, H = q_BTNH.shape[1:]
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {q_BTNH.dtype.name}")
@@ -38,14 +43,14 @@ def cudnn_attention(
         raise NotImplementedError("cuDNN attention has no attention sinks: JAX drops the gradient of its log-sum-exp")
     if window is not None:
         raise NotImplementedError("cuDNN attention with a sliding window has not been tried on packed rows")
-    private = _private()
+    module = _private()
     if N != k_BTKH.shape[2] and jax.__version_info__ < (0, 11, 1):
         raise NotImplementedError(
             f"jax {jax.__version__} reads the wrong keys in packed cuDNN attention with fewer key than query heads "
             "(jax-ml/jax#39521); jax 0.11.1 does not"
         )
-    starts_BS, lengths_BM, too_many_B = segments(segment_ids_BT, max(2, min(T, MAX_SEGMENTS)))
-    out_BTNH = private.dot_product_attention(
+    starts_BS, lengths_BM, too_many_B = segments(segment_ids_BT, max(2, min(T, most_segments)))
+    out_BTNH = module.dot_product_attention(
         q_BTNH,
         k_BTKH,
         v_BTKH,
@@ -54,7 +59,7 @@ def cudnn_attention(
         q_offsets=starts_BS,
         kv_offsets=starts_BS,
         scale=scale,
-        mask_type=private.MaskType.PADDING_CAUSAL,
+        mask_type=module.MaskType.PADDING_CAUSAL,
         qkv_layout="BTNH",
     )
     return jnp.where(too_many_B[:, None, None, None], jnp.nan, out_BTNH)
@@ -81,16 +86,4 @@ def segments(segment_ids_BT: jax.Array, M: int) -> tuple[jax.Array, jax.Array, j
 
 
 def _private() -> Any:
-    """JAX's private module, if it still has what this file relies on (so in jax 0.10.2, 0.11.2 and 0.12.0)."""
-    try:
-        from jax._src.cudnn import fused_attention_stablehlo as private
-
-        missing = _KEYWORDS - set(inspect.signature(private.dot_product_attention).parameters)
-        version = private.check_cudnn_version()
-    except (ImportError, AttributeError, RuntimeError) as error:
-        raise NotImplementedError(f"jax {jax.__version__} offers no cuDNN attention here: {error}") from error
-    if missing:
-        raise NotImplementedError(f"jax {jax.__version__} changed its private cuDNN attention: no {', '.join(sorted(missing))}")
-    if version < 90600:
-        raise NotImplementedError(f"packed cuDNN attention needs cuDNN 9.6, found {version}")
-    return private
+    return private("dot_product_attention", _KEYWORDS, 90600)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
+from tinker_jax.kernels.decode_attention import cudnn
 from tinker_jax.kernels.decode_attention.pages import empty_pages, write_pages
 from tinker_jax.kernels.decode_attention.reference import reference_attend
 from tinker_jax.kernels.decode_attention.worklist import worklist_attend
@@ -21,10 +22,14 @@ from tinker_jax.kernels.decode_attention.xla import xla_attend
 
 logger = logging.getLogger("tinker_jax")
 
-Implementation = Literal["ragged", "worklist", "xla", "reference"]
+Implementation = Literal["ragged", "cudnn", "worklist", "xla", "reference"]
 
 #: What is tried on a platform, best first. The last one takes every case.
-PREFERENCE: dict[str, tuple[Implementation, ...]] = {"tpu": ("ragged", "xla"), "gpu": ("xla",), "cpu": ("worklist",)}
+PREFERENCE: dict[str, tuple[Implementation, ...]] = {
+    "tpu": ("ragged", "xla"),
+    "gpu": ("cudnn", "xla"),
+    "cpu": ("worklist",),
+}
 
 Heads = tuple[int, int, int]
 """N, K and H: query heads, key heads (N is a multiple), their width."""
@@ -155,6 +160,7 @@ def paged_attention_on(
             `"xla"` loops over blocks of positions as far as the longest row reaches.
             `"worklist"` loops over the pages that rows see, a few at a time: for CPUs.
             `"ragged"` is the Pallas kernel that ships with JAX, for TPUs.
+            `"cudnn"` is NVIDIA's, for decoding; on a GPU that is there it first has to agree with the plain formula.
         sinks: will `attend` be given attention sinks?
 
     Raises:
@@ -176,7 +182,7 @@ def _log_fallback(name: str, reason: str) -> None:
 
 
 def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, sinks: bool) -> Backend:
-    platform, (_, K, H) = mesh.devices.flat[0].platform, heads
+    platform, (N, K, H) = mesh.devices.flat[0].platform, heads
     if name == "ragged":
         if platform != "tpu":
             raise NotImplementedError(f"ragged paged attention runs on TPUs, not on {platform!r}")
@@ -188,5 +194,13 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, s
         ragged.check_heads(K if K % parts else K // parts, H, dtype)
         empty = functools.partial(ragged.empty_combined, H=H, dtype=dtype)
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
+    if name == "cudnn":
+        if platform != "gpu":
+            raise NotImplementedError(f"cuDNN attention runs on NVIDIA GPUs, not on {platform!r}")
+        parts = sharding.parts(mesh, "kv_heads")
+        here = mesh.devices.flat[0] in jax.devices()
+        cudnn.check((N, K, H) if K % parts else (N // parts, K // parts, H), dtype, sinks=sinks, on_this_device=here)
+        empty = functools.partial(cudnn.empty_rows, H=H, dtype=dtype)
+        return Backend(empty, cudnn.write_rows, cudnn.cudnn_attend, heads_axis=1)
     attend = {"worklist": worklist_attend, "xla": xla_attend, "reference": reference_attend}[name]
     return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)

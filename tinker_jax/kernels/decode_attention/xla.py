@@ -24,12 +24,14 @@ def xla_attend(
     scale: float,
     window: int | None,
     block: int = 512,
+    keys_as_rows: bool = False,
 ) -> jax.Array:
     """See `PagedAttention.attend`.
 
     Args:
         pages: pool; the rest as there.
         block: positions of one step of the loop, a multiple of `PAGE`.
+        keys_as_rows: keys lie as values do, [P, K, PAGE, H].
     """
     R, T, N, H = q_RTNH.shape
     K = pages.k.shape[1]
@@ -38,17 +40,20 @@ def xla_attend(
 
     def gathered(ids_RW):
         k, v = (x.at[ids_RW].get(mode="promise_in_bounds", wrap_negative_indices=False) for x in pages)
+        if keys_as_rows:
+            return tuple(x.swapaxes(1, 2).reshape(-1, K, C, H) for x in (k, v))
         return k.transpose(0, 2, 3, 1, 4).reshape(-1, K, H, C), v.swapaxes(1, 2).reshape(-1, K, C, H)
 
     q_RKGTH = q_RTNH.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    scores = "RKGTH,RKCH->RKGTC" if keys_as_rows else "RKGTH,RKHC->RKGTC"
 
     def step(carry):
         i, top, total, acc = carry
         ids = jax.lax.dynamic_slice_in_dim(tables_RW, i * W, W, axis=1)
-        k_RKHC, v_RKCH = gathered(ids)
+        k, v_RKCH = gathered(ids)
         keys = (i * C + jnp.arange(C, dtype=jnp.int32))[None, None]
         seen = visible(keys, positions_RT[:, :, None], window)[:, None, None]
-        s = jnp.einsum("RKGTH,RKHC->RKGTC", q_RKGTH, k_RKHC, preferred_element_type=jnp.float32) * scale
+        s = jnp.einsum(scores, q_RKGTH, k, preferred_element_type=jnp.float32) * scale
         new_top = jnp.maximum(top, jnp.max(jnp.where(seen, s, _MASKED), axis=-1))
         p = jnp.where(seen, jnp.exp(s - new_top[..., None]), 0)
         shrink = jnp.exp(top - new_top)
