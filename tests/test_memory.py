@@ -88,6 +88,14 @@ def test_a_cpu_works_on_two_micro_batches_where_both_fit():
         assert plan(QWEN3_8B, 4, 200 << 30, **others).at_once == 0
 
 
+def test_a_gpu_decodes_with_a_second_copy_of_the_layers_where_activations_leave_room_for_it():
+    limit = (80 << 30) * 3 // 4  # what JAX takes of a card unless told otherwise
+    assert plan(QWEN3_8B, 2, limit, platform="gpu").unstack
+    assert not plan(QWEN3_8B, 2, 40 << 30, platform="gpu").unstack
+    assert plan(QWEN3_8B, 2, 40 << 30, {"tensor": 2}, platform="gpu").unstack
+    assert not plan(QWEN3_8B, 2, 141 << 30, platform="tpu").unstack
+
+
 def test_out_of_memory_leaves_a_micro_batch_alone_then_halves_it_then_recomputes():
     plans = [Plan(1024, "none", 1, at_once=4096)]
     while plans[-1] is not None:

@@ -135,9 +135,10 @@ def plan(
 
     After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
     and half to the activations of its rows, on a CPU of two micro-batches; the rest is left to adapters, optimiser state and
-    XLA's temporaries. Of the policies under which a useful micro-batch fits, the one that recomputes least is taken. Where
-    the weights take no more than a quarter of what is left, decoding on a GPU cuts each layer's out of the stack once for
-    many steps: a slice of a stack is a copy there at every step. A TPU reads it in place, a CPU decodes layer by layer.
+    XLA's temporaries. Of the policies under which a useful micro-batch fits, the one that recomputes least is taken. On a GPU
+    a slice of a stack of layers is a copy at every step of decoding; where a copy of all of them fits into the half that
+    activations have, which are not there at the same time, decoding makes that once for many steps. A TPU reads the stack in
+    place, a CPU decodes layer by layer.
 
     Args:
         cfg: shape of the model.
@@ -160,6 +161,7 @@ def plan(
     kv_bytes = free // 5
     if platform == "cpu":
         kv_bytes = min(kv_bytes, max(_MOST_CACHED_CPU, cfg.context_length + 1) * token_bytes(cfg, itemsize, tensor))
-    unstack = platform == "gpu" and base <= free // 4
+    layers = itemsize * sum(math.prod(w.full_shape) for w in weights(cfg) if w.stacked) // (fsdp * tensor)
+    unstack = platform == "gpu" and layers <= free // 2
     budget = min(max(tokens // at_once, 1), most) * data * fsdp
     return Plan(budget, remat, kv_bytes, unstack, at_once=tokens if at_once > 1 else 0)

@@ -72,4 +72,6 @@ def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(monkeypatch):
         topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices, (1, 1, 1)
     )
     lowered, pool = lower_steps(mesh, 64, 1, 4096)
-    check_pool_stays(lowered.compile(), pool, 1)
+    compiled = lowered.compile()
+    assert "__cudnn$fmhaSoftmax" in compiled.as_text()
+    check_pool_stays(compiled, pool, 1)

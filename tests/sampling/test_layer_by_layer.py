@@ -15,7 +15,7 @@ from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
 from tinker_jax.sampling.drawing import DrawOptions, Rows, nothing_drawn
 from tinker_jax.sampling.layer_by_layer import LayerByLayer, _newest
-from tinker_jax.sampling.model_runner import _PATIENCE, Chunk, ModelRunner
+from tinker_jax.sampling.model_runner import _PATIENCE, _WORTH, Chunk, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
 
@@ -148,20 +148,25 @@ def test_a_chunk_ends_soon_after_its_last_row(monkeypatch):
 
 def test_a_larger_batch_serves_until_the_right_one_is_worth_compiling():
     run, _ = runner()
-    tree = adapter()
-    assert run.size_to_use([2, 4, 8], tree, PLAIN) == 2, "nothing is there yet: it is compiled now"
+    tree, sizes = adapter(), [2, 4, 8]
+    assert run.size_to_use(sizes, tree, PLAIN) == 2, "nothing is there yet: it is compiled now"
     run.decode(tree, rows(8, 8), PLAIN)
-    assert run.size_to_use([1, 2, 4, 8], tree, PLAIN) == 1, "eight times as many rows cost more than a compilation"
-    for _ in range(_PATIENCE - 1):
-        assert run.size_to_use([2, 4, 8], tree, PLAIN) == 8
+    assert not run._seconds, "the time of a compilation is not that of a call"
+    assert run.size_to_use(sizes, tree, PLAIN) == 8, "nothing is known of what it takes"
+    run.decode(tree, rows(8, 8), PLAIN)
+    (took,) = run._seconds
+    run._seconds[took] = 0.8 * _WORTH  # of it three quarters for nothing
+    assert run.size_to_use(sizes, tree, PLAIN) == 8
     assert len(run._model._draw._compiled) == 1, "nothing is compiled for short work"
-    assert run.size_to_use([2, 4, 8], tree, PLAIN) == 8
+    assert run.size_to_use(sizes, tree, PLAIN) == 8
     for program in (run._model._layer, run._model._draw, run._model._embed):
         assert len(program._compiled) == 2
         for compiled in list(program._compiled.values()):
             compiled.result(60)
-    assert run.size_to_use([2, 4, 8], tree, PLAIN) == 2
-    assert run.size_to_use([2, 4, 8], None, PLAIN) == 2, "another adapter shape has programs of its own"
+    assert run.size_to_use(sizes, tree, PLAIN) == 2
+    assert run.size_to_use(sizes, None, PLAIN) == 2, "another adapter shape has programs of its own"
+    run._seconds[took] = 2 * _WORTH
+    assert run.size_to_use([1, 8], tree, PLAIN) == 1, "one call for nothing would take longer than a compilation"
 
 
 def test_prefill_compiles_meanwhile_what_decoding_will_need():

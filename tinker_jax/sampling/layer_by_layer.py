@@ -23,7 +23,7 @@ from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows, advance, nothing_drawn, own_slots
-from tinker_jax.sharding import host_view, views_of_layers
+from tinker_jax.sharding import host_view, views_of_layers, views_of_weights
 
 
 class Batch(NamedTuple):
@@ -54,9 +54,7 @@ class LayerByLayer:
 
     def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int) -> None:
         self._cfg, self._paged, self._steps = cfg, paged, steps
-        in_layers = {name: x for name, x in params.items() if name.startswith("layers.")}
-        self._layers = views_of_layers(in_layers, cfg.L)
-        self._ends = jax.device_put({name: host_view(x) for name, x in params.items() if name not in in_layers})
+        self._layers, self._ends = views_of_weights(params, cfg.L)
         self._numbers = [jax.device_put(np.int32(at)) for at in range(max(cfg.L, steps))]
         self._adapter: Adapter | None = None
         self._no_factors = self._factors = [{} for _ in range(cfg.L)]

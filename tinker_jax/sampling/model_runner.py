@@ -6,6 +6,7 @@ A row is known to a program by its table of pages alone, so rows join, leave and
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,11 @@ STEPS = 16
 """Most tokens a row draws between two visits of Python."""
 
 _COPIES = 16  # pages copied by one call
-_LARGER = 4  # a batch may have so many times the rows that it needs, rather than wait for a compiler
-_PATIENCE = 4  # calls that programs of another size serve before those of the best one are compiled: short work is done by then
+_WORTH = (
+    2.0  # seconds that rows for nothing may cost before a size's programs are compiled, which takes about as long on two cores
+)
+_LARGER = 4  # a prefill may have so many times the rows that it needs, rather than wait for a compiler
+_PATIENCE = 4  # prefills that programs of another size serve before those of the best one are compiled
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class ModelRunner:
         )
         self._pool: Pages | None = None
         self._missed: collections.Counter[Hashable] = collections.Counter()
+        self._seconds: dict[str, float] = {}  # that the last call of a size took
+        self._lost: dict[Hashable, float] = collections.defaultdict(float)  # by larger sizes in place of one
         self._make = Program(self._empty, "cache")
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
 
@@ -106,13 +112,23 @@ class ModelRunner:
             options: as in `decode`.
 
         Returns:
-            The first, unless its programs are not there and those of one at most `_LARGER` times as large are: then that one.
-            When that has happened `_PATIENCE` times, the programs of the first are compiled on another thread.
+            The first, or while its programs are not there, the next whose are. That decodes rows for nothing; when the time
+            they took is that of a compilation, the programs of the first are compiled on another thread. Where a single call
+            would lose as much, it is the first at once.
         """
-        size = self._ready_size(sizes, adapter, options) or sizes[0]
-        if size != sizes[0] and self._is_worth_it((batch_name((sizes[0],), adapter), options)):
-            self._prepare_decode(sizes[0], adapter, options)
+        size, lost = self._choice(sizes, adapter, options)
+        if lost:
+            best = batch_name((sizes[0],), adapter), options
+            self._lost[best] += lost
+            if self._lost[best] >= _WORTH:
+                self._prepare_decode(sizes[0], adapter, options)
         return size
+
+    def _choice(self, sizes: Sequence[int], adapter: Adapter | None, options: DrawOptions) -> tuple[int, float]:
+        """What `size_to_use` returns, and the seconds that its rows for nothing will take, as far as is known."""
+        best, size = sizes[0], next((size for size in sizes if self._model.is_ready(size, adapter, options)), sizes[0])
+        lost = (1 - best / size) * self._seconds.get(batch_name((size,), adapter), 0.0)
+        return (size, lost) if lost < _WORTH else (best, 0.0)
 
     def prefill_size_to_use(self, sizes: Sequence[int], best: int, T: int, adapter: Adapter | None) -> int:
         """How many rows of T tokens to prefill in one call.
@@ -134,11 +150,6 @@ class ModelRunner:
             tokens, positions, tables, slots = (np.zeros((best, n), np.int32) for n in (T, T, self._width, 2))
             self._model.prepare_prefill(adapter, self._pages, tokens, positions, tables, slots)
         return size
-
-    def _ready_size(self, sizes: Sequence[int], adapter: Adapter | None, options: DrawOptions) -> int | None:
-        """The first of the sizes that `size_to_use` may take whose programs are there."""
-        near = (size for size in sizes if size <= _LARGER * sizes[0])
-        return next((size for size in near if self._model.is_ready(size, adapter, options)), None)
 
     def _is_worth_it(self, programs: Hashable) -> bool:
         """Counts a call that went without these programs; have there been enough?"""
@@ -178,8 +189,9 @@ class ModelRunner:
         self._model.prepare_prefill(adapter, self._pages, *batch)
         if then:
             sizes, options = then
-            if self._ready_size(sizes, adapter, options) is None:
-                self._prepare_decode(sizes[0], adapter, options)
+            size, _ = self._choice(sizes, adapter, options)
+            if not self._model.is_ready(size, adapter, options):
+                self._prepare_decode(size, adapter, options)
         h_RTD, self._pool = self._model.prefill(adapter, self._pages, *batch)
         return h_RTD
 
@@ -191,8 +203,12 @@ class ModelRunner:
             rows: the rows; their tables have room for `STEPS` tokens more.
             options: of the program.
         """
+        compiled, start = self._model.is_ready(rows.token.size, adapter, options), time.perf_counter()
         self._pool, drawn = self._model.decode(adapter, self._pages, rows, options)
-        return jax.device_get(drawn)
+        drawn = jax.device_get(drawn)
+        if compiled:
+            self._seconds[batch_name(rows.token.shape, adapter)] = time.perf_counter() - start
+        return drawn
 
     def copy(self, pairs: Sequence[tuple[int, int, int]]) -> None:
         """Copies pages in every layer: (part of the rows, from, to), none of them both read and written."""

@@ -24,7 +24,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Block, Params, rematerialised
 from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program, precision
-from tinker_jax.sharding import host_view, views_of_layers
+from tinker_jax.sharding import host_view, views_of_weights
 from tinker_jax.training.objective import Call, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
 
@@ -43,9 +43,7 @@ class LayerByLayer:
 
     def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, add: Program) -> None:
         self._cfg, self._mesh, self._add = cfg, mesh, add
-        in_layers = {name: x for name, x in params.items() if name.startswith("layers.")}
-        self._layers = views_of_layers(in_layers, cfg.L)
-        self._ends = jax.device_put({name: host_view(x) for name, x in params.items() if name not in in_layers})
+        self._layers, self._ends = views_of_weights(params, cfg.L)
         self._numbers = [jax.device_put(np.int32(at)) for at in range(cfg.L)]
         self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
         self._embed = Program(self._embed_tokens, "embedding")

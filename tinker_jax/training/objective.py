@@ -20,6 +20,11 @@ from tinker_jax.models.dense import Params, Remat, unembedding
 from tinker_jax.training.packing import MicroBatch
 
 
+def adapter_shape(rank: int, trained: Sequence[str]) -> str:
+    """Names the shapes of an adapter of that rank with those groups; equal names mean equal shapes."""
+    return f"rank={rank} {'+'.join(trained)}"
+
+
 @dataclass(frozen=True)
 class Call:
     """One forward or forward_backward.
@@ -50,11 +55,11 @@ class Call:
 
     @property
     def adapter_shape(self) -> str:
-        """Names the shapes of the adapter; as below, equal names mean equal shapes."""
-        return f"rank={self.rank} {'+'.join(self.trained)}"
+        """Names the shapes of the adapter."""
+        return adapter_shape(self.rank, self.trained)
 
     def loss_shape(self, batch: MicroBatch) -> str:
-        """Names the shapes of a micro-batch's loss."""
+        """Names the shapes of a micro-batch's loss, as `adapter_shape` does those of an adapter."""
         wide = "".join(f" {k}{list(x.shape[2:])}" if x.ndim > 2 else f" {k}" for k, x in sorted(batch.inputs.items()))
         return f"{wide.strip()} {self.loss_fn}{' backward' if self.backward else ''}"
 

@@ -24,7 +24,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.weights import lora_targets
 from tinker_jax.programs import Program
 from tinker_jax.training.layer_by_layer import LayerByLayer
-from tinker_jax.training.objective import Call
+from tinker_jax.training.objective import Call, adapter_shape
 from tinker_jax.training.packing import bucket, pack, unpack
 from tinker_jax.training.pending import Pending
 from tinker_jax.training.whole_model import WholeModel
@@ -199,8 +199,9 @@ class Trainer:
             raise BadRequestError("optim_step without gradients: call forward_backward first.")
         undo = state.undo()
         with out_of_memory(self._plan):
+            shape = adapter_shape(lora_lib.bucket(state.lora.rank), groups(state.lora))
             state.params, state.opt, metrics = self._update(
-                state.params, state.grads, state.opt, hyperparameters(params), shape=_adapter_shape(state.lora)
+                state.params, state.grads, state.opt, hyperparameters(params), shape=shape
             )
         state.grads = None
 
@@ -300,7 +301,3 @@ def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) 
                 arrays[key] = np.full(targets.shape, config[key] if declared.default is None else declared.default, np.float32)
         out.append({key: x[:, None] if wide and x.ndim == 1 else x for key, x in arrays.items()})
     return out
-
-
-def _adapter_shape(lora: LoraConfig) -> str:
-    return f"rank={lora_lib.bucket(lora.rank)} {'+'.join(groups(lora))}"
