@@ -169,3 +169,12 @@ def test_greedy_takes_the_larger_of_two_logits_that_the_softmax_cannot_tell_apar
     logits[0, 4], logits[0, 7] = 1.0, np.nextafter(np.float32(1), np.float32(2))
     token, _ = draw(logits, rows_of(1, temperature=0), np.zeros(1, np.int32))
     assert token[0] == 7
+
+
+def test_the_first_of_the_largest_is_taken_and_nan_takes_the_last_place():
+    rows = np.random.default_rng(0).integers(0, 5, (50, 40)).astype(np.float32)
+    rows[0], rows[1] = -np.inf, np.nan
+    rows[0, 7] = 1.0
+    expected = rows.argmax(1)
+    expected[1] = 39
+    np.testing.assert_array_equal(jax.jit(drawing.first_largest)(rows), expected)
