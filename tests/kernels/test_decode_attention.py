@@ -302,7 +302,7 @@ def paged_formula(q_RNTH, k_PNSH, v_PNSH, queries_R, keys_R, tables_RW, scale):
 
 
 class TestAroundCudnn(PagedTests):
-    """What surrounds cuDNN's operation. A formula stands in for it, which also takes float32; sinks, which it lacks, go to XLA."""
+    """What surrounds cuDNN's operation. A formula stands in for it, also for float32; sinks, which it lacks, go to XLA."""
 
     implementation = "cudnn"
 
