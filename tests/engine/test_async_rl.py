@@ -125,7 +125,7 @@ def test_a_sampler_of_step_3_says_the_same_throughout_and_training_goes_on_as_if
 
         await score(3)
         await score(3)
-        for compiled in list(sampler_of(snapshot)._runner._model._layer._compiled.values()):
+        for compiled in list(sampler_of(snapshot)._runner._model._layers._compiled.values()):
             compiled.result(120)  # until then another number of rows may serve, which rounds another way
         seen.clear()
         await score(3)

@@ -1,10 +1,11 @@
-"""Programs of one layer: no copies of weights, the same programs at any depth, rounded up while others compile."""
+"""Programs of a few layers: no copies of weights, the same programs at any depth, rounded up while others compile."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from tinker_jax import lora, sharding
@@ -51,10 +52,10 @@ def test_a_layers_weights_and_factors_are_views_of_their_stack():
     model, tree = run._model, adapter()
     assert isinstance(model, LayerByLayer)
     model._use(tree)
-    for at in range(3):
-        for name, x in model._layers[at].items():
+    for at, (weights_here, own) in enumerate(zip(sum(model._weights, ()), sum(model._factors, ()), strict=True)):
+        for name, x in weights_here.items():
             assert x.unsafe_buffer_pointer() == np.asarray(params[name])[at].ctypes.data, name
-        own, stacked = model._factors[at], tree["layers"]
+        stacked = tree["layers"]
         for module, factors in own.items():
             for factor in ("b",) if any(module in names for names in SAME_INPUT) else ("a", "b"):
                 assert factors[factor].unsafe_buffer_pointer() == np.asarray(stacked[module][factor])[at].ctypes.data, module
@@ -63,6 +64,12 @@ def test_a_layers_weights_and_factors_are_views_of_their_stack():
             np.testing.assert_array_equal(own[first]["a"], side_by_side)
             assert not any("a" in own[name] for name in others)
     assert model._ends["embed.embedding"].unsafe_buffer_pointer() == params["embed.embedding"].unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize("depth, each", [(1, 1), (3, 3), (4, 4), (7, 1), (30, 3), (28, 4)])
+def test_a_program_has_as_many_layers_as_divide_the_depth(depth, each):
+    run, _ = runner(depth, pages=1)
+    assert [len(group) for group in run._model._weights] == [each] * (depth // each)
 
 
 def test_a_step_copies_no_weight():
@@ -75,8 +82,8 @@ def test_a_step_copies_no_weight():
     model, batch_rows = run._model, rows(S, S)
     h, batch = jax.eval_shape(lambda *args: model._embed_tokens(*args, rank=None), model._ends, *_newest(batch_rows))
     drawn = nothing_drawn(S, 16, 0)
-    layer = jax.jit(model._run_layer, donate_argnums=(3, 4)).lower(
-        model._layers[0], {}, np.int32(0), h, jax.eval_shape(run._empty), batch
+    layer = jax.jit(model._run_layers, donate_argnums=(3, 4)).lower(
+        model._weights[0], ({},), np.int32(0), h, jax.eval_shape(run._empty), batch
     )
     draw = jax.jit(model._draw_tokens, static_argnames="filters", donate_argnums=(3, 4, 5)).lower(
         model._ends, None, h, batch, batch_rows, drawn, np.int32(0), filters=True
@@ -85,7 +92,7 @@ def test_a_step_copies_no_weight():
     def nbytes(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    weight_bytes, page_bytes = nbytes(model._layers[0]), 2 * wide.K * wide.H * PAGE * 4
+    weight_bytes, page_bytes = nbytes(model._weights[0]), 2 * wide.K * wide.H * PAGE * 4
     for lowered, least in ((layer, weight_bytes), (draw, wide.V * wide.D * 4)):
         compiled = lowered.compile()
         copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]
@@ -104,7 +111,7 @@ def _matrices(cfg):
 
 def test_a_deeper_model_needs_no_more_programs():
     counts = []
-    for depth in (2, 7):
+    for depth in (4, 8):
         run, _ = runner(depth)
         run.decode(adapter(depth), rows(2, 2), PLAIN)
         counts.append(run.programs)
@@ -159,7 +166,7 @@ def test_a_larger_batch_serves_until_the_right_one_is_worth_compiling():
     assert run.size_to_use(sizes, tree, PLAIN) == 8
     assert len(run._model._draw._compiled) == 1, "nothing is compiled for short work"
     assert run.size_to_use(sizes, tree, PLAIN) == 8
-    for program in (run._model._layer, run._model._draw, run._model._embed):
+    for program in (run._model._layers, run._model._draw, run._model._embed):
         assert len(program._compiled) == 2
         for compiled in list(program._compiled.values()):
             compiled.result(60)
@@ -175,7 +182,7 @@ def test_prefill_compiles_meanwhile_what_decoding_will_need():
     table[0] = 1
     chunk = Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))
     run.prefill(tree, [chunk], PAGE, then=([2, 4], PLAIN))
-    assert all(len(program._compiled) == n for program, n in ((run._model._draw, 1), (run._model._layer, 2)))
+    assert all(len(program._compiled) == n for program, n in ((run._model._draw, 1), (run._model._layers, 2)))
 
 
 def test_other_numbers_of_rows_prefill_until_the_right_one_is_worth_compiling():
@@ -189,7 +196,7 @@ def test_other_numbers_of_rows_prefill_until_the_right_one_is_worth_compiling():
     run.prefill(tree, [chunk], 64)
     for _ in range(_PATIENCE - 1):
         assert run.prefill_size_to_use(sizes, 4, 64, tree) == 1, "more calls, no row for nothing"
-    assert len(run._model._layer._compiled) == 3
-    for compiled in list(run._model._layer._compiled.values()):
+    assert len(run._model._layers._compiled) == 3
+    for compiled in list(run._model._layers._compiled.values()):
         compiled.result(60)
     assert run.prefill_size_to_use(sizes, 4, 64, tree) == 4

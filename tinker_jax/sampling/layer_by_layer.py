@@ -1,13 +1,15 @@
-"""The sampler's programs on a CPU: one for a layer, called for all of them in turn.
+"""The sampler's programs on a CPU: one for a few layers, called for all of them in turn.
 
 Weights are read where they lie. A program over the whole model either copies a layer's weights out of their stack at every step
 or holds a second copy of all, and takes longer to compile the deeper the model is; here a program is the same at any depth, and
-its weights are views of the stack. Calling it takes about 0.03 ms, most of it while the layer before is at work.
+its weights are views of the stack. Between two programs about 0.1 ms pass, so each has several layers: up to four compile in
+hardly more time than one (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,9 @@ from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows, advance, nothing_drawn, own_slots
 from tinker_jax.sharding import host_view, views_of_layers, views_of_weights
+
+_MOST_LAYERS = 4
+"""Of a program. From one to three a decode step gets 5 to 10 % faster, from there to ten hardly."""
 
 
 class Batch(NamedTuple):
@@ -54,20 +59,22 @@ class LayerByLayer:
 
     def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int) -> None:
         self._cfg, self._paged, self._steps = cfg, paged, steps
-        self._layers, self._ends = views_of_weights(params, cfg.L)
+        layers, self._ends = views_of_weights(params, cfg.L)
+        self._size = max(n for n in range(1, _MOST_LAYERS + 1) if cfg.L % n == 0)
+        self._weights = self._groups(layers)
         self._numbers = [jax.device_put(np.int32(at)) for at in range(max(cfg.L, steps))]
         self._adapter: Adapter | None = None
-        self._no_factors = self._factors = [{} for _ in range(cfg.L)]
+        self._no_factors = self._factors = self._groups([{} for _ in range(cfg.L)])
         self._head: Any = None
         self._embed = Program(self._embed_tokens, "embedding", static=["rank"])
-        self._layer = Program(self._run_layer, "layer", donate=[3, 4])
+        self._layers = Program(self._run_layers, "layers", donate=[3, 4])
         self._norm = Program(self._normed, "final norm")
         self._draw = Program(self._draw_tokens, "draw", static=["filters"], donate=[3, 4, 5])
 
     @property
     def programs(self) -> int:
         """Number of compiled programs."""
-        return sum(p.count for p in (self._embed, self._layer, self._norm, self._draw))
+        return sum(p.count for p in (self._embed, self._layers, self._norm, self._draw))
 
     def prefill(
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
@@ -108,7 +115,7 @@ class LayerByLayer:
             return
         rank = adapter_rank(adapter)
         h_MD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), *args)
-        self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_MD, pages, batch, shape=name)
+        self._layers.prepare(self._weights[0], self._factors[0], self._numbers[0], h_MD, pages, batch, shape=name)
         self._embed.prepare(*args, rank=rank, shape=name)
         self._norm.prepare(self._ends, h_MD, batch.positions, shape=name)
 
@@ -122,17 +129,17 @@ class LayerByLayer:
         h_SD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), self._ends, *_newest(rows))
         args = self._ends, self._head, h_SD, batch, rows, nothing_drawn(S, self._steps, options.top), self._numbers[0]
         self._draw.prepare(*args, **_draw_key(name, options))
-        self._layer.prepare(self._layers[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
+        self._layers.prepare(self._weights[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
         self._embed.prepare(self._ends, *_newest(rows), rank=rank, shape=name)
 
     def is_ready(self, S: int, adapter: Adapter | None, options: DrawOptions) -> bool:
         """Are the programs compiled that decode S rows?"""
         name = batch_name((S, 1), adapter)
-        return self._layer.is_ready(name) and self._draw.is_ready(**_draw_key(name, options))
+        return self._layers.is_ready(name) and self._draw.is_ready(**_draw_key(name, options))
 
     def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
         """Are the programs compiled that prefill a batch of this shape?"""
-        return self._layer.is_ready(batch_name(shape, adapter))
+        return self._layers.is_ready(batch_name(shape, adapter))
 
     def forget_adapter(self) -> None:
         """Keeps no adapter alive."""
@@ -141,25 +148,29 @@ class LayerByLayer:
     def close(self) -> None:
         """Gives the weights back; nothing can be run any more."""
         self._use(None)
-        self._layers, self._ends = [], {}
+        self._weights, self._ends = [], {}
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
 
     # -- weights ---------------------------------------------------------------------------------------------------------
+
+    def _groups(self, layers: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """What belongs to each layer, as the programs get it."""
+        return [tuple(layers[at : at + self._size]) for at in range(0, self._cfg.L, self._size)]
 
     def _use(self, adapter: Adapter | None) -> None:
         if adapter is self._adapter:
             return
         layers, head = (adapter or {}).get("layers"), (adapter or {}).get("lm_head")
         host = joined(jax.tree.map(host_view, layers), SAME_INPUT) if layers else {}
-        self._factors = views_of_layers(host, self._cfg.L) if layers else self._no_factors
+        self._factors = self._groups(views_of_layers(host, self._cfg.L)) if layers else self._no_factors
         self._head = head and jax.device_put(jax.tree.map(host_view, head))
         self._adapter = adapter
 
     # -- programs --------------------------------------------------------------------------------------------------------
 
     def _all_layers(self, h_MD: jax.Array, pages: Pages, batch: Batch, name: str) -> tuple[jax.Array, Pages]:
-        for params, factors, at in zip(self._layers, self._factors, self._numbers, strict=False):
-            h_MD, pages = self._layer(params, factors, at, h_MD, pages, batch, shape=name)
+        for params, factors, at in zip(self._weights, self._factors, self._numbers[:: self._size], strict=False):
+            h_MD, pages = self._layers(params, factors, at, h_MD, pages, batch, shape=name)
         return h_MD, pages
 
     def _embed_tokens(self, ends, tokens_RT, positions_RT, tables_RW, slots_R2, *, rank):
@@ -173,10 +184,14 @@ class LayerByLayer:
     def _rope(self, positions_RT):
         return rope_table(self._cfg.rope, self._cfg.H, positions_RT.reshape(-1))
 
-    def _run_layer(self, params, factors, at, h_MD, pages, batch):
-        tables = batch.tables + at * (self._paged.pages(pages) // self._cfg.L)
-        block = Block(self._cfg, params)
-        return block.extend(h_MD, pages, batch.positions, tables, batch.rope, factors, batch.slots, self._paged)
+    def _run_layers(self, params, factors, first, h_MD, pages, batch):
+        """Layers first, first + 1, …"""
+        each = self._paged.pages(pages) // self._cfg.L
+        for at, (own_params, own_factors) in enumerate(zip(params, factors, strict=True)):
+            tables = batch.tables + (first + at) * each
+            block = Block(self._cfg, own_params)
+            h_MD, pages = block.extend(h_MD, pages, batch.positions, tables, batch.rope, own_factors, batch.slots, self._paged)
+        return h_MD, pages
 
     def _final_norm(self, ends, h_MD):
         return RMSNorm(ends["final_norm.scale"], self._cfg.norm_eps)(h_MD)
