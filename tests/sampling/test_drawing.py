@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.random import threefry_2x32
 
 from tinker_jax.sampling import drawing
 
@@ -102,6 +103,15 @@ def test_filters_match_a_plain_loop(logits, top_k, top_p):
     assert set(np.flatnonzero(kept)) in allowed
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (50, 1.0), (700, 0.5), (4999, 0.999), (1, 0.1)])
+def test_filters_match_a_plain_loop_over_a_large_vocabulary_with_many_ties(top_k, top_p):
+    logits = np.round(np.random.default_rng(top_k).normal(size=5003) * 8) / 4
+    logits[::7] = -np.inf
+    logp = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
+    kept = keep(logp[None], jnp.array([top_k]), jnp.array([top_p], jnp.float32))
+    assert set(np.flatnonzero(kept[0])) == filtered(np.exp(logp.astype(np.float64)), top_k, np.float32(top_p))
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, -1, 1.0), (0.5, -1, 1.0), (1.7, 5, 1.0), (1.0, -1, 0.6), (0.8, 6, 0.8)]
 )
@@ -141,6 +151,12 @@ def test_noise_depends_on_seed_sample_and_position_each():
         assert np.abs(base - other).max() > 0.1
 
 
+def test_threefry_is_that_of_jax():
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 30), np.uint32)
+    got = drawing.threefry(jnp.uint32(7), jnp.uint32(2**32 - 3), *jnp.asarray(words))
+    np.testing.assert_array_equal(got, threefry_2x32(jnp.uint32([7, 2**32 - 3]), jnp.asarray(words.ravel())).reshape(2, 30))
+
+
 def test_noise_is_distributed_as_gumbel():
     """Kolmogorov's distance of a million draws: 1e-4 of all samples are farther away than 2.2 / sqrt(n)."""
     rows, size = 256, 4096
@@ -169,6 +185,23 @@ def test_greedy_takes_the_larger_of_two_logits_that_the_softmax_cannot_tell_apar
     logits[0, 4], logits[0, 7] = 1.0, np.nextafter(np.float32(1), np.float32(2))
     token, _ = draw(logits, rows_of(1, temperature=0), np.zeros(1, np.int32))
     assert token[0] == 7
+
+
+@pytest.mark.parametrize("top", [0, 3])
+@pytest.mark.parametrize("S", [8, 12, 16])
+def test_rows_are_drawn_alike_all_at_once_or_a_few_at_a_time(monkeypatch, S, top):
+    rng = np.random.default_rng(S)
+    rows = rows_of(S, remaining=5)._replace(
+        live=rng.random(S) < 0.8,
+        temperature=np.where(rng.random(S) < 0.3, 0, 1).astype(np.float32),
+        top_k=rng.integers(0, 6, S).astype(np.int32),
+        seed=rng.integers(0, 2**32, (S, 2)).astype(np.uint32),
+    )
+    logits, nothing = jnp.asarray(rng.normal(size=(S, 40)), jnp.float32), drawing.nothing_drawn(S, 4, top)
+    at_once = drawing.advance(logits, rows, nothing, jnp.int32(1))
+    monkeypatch.setattr(drawing, "_MANY_LOGITS", 0)
+    a_few = drawing.advance(logits, rows, nothing, jnp.int32(1), rows_at_once=8)
+    jax.tree.map(np.testing.assert_array_equal, at_once, a_few)
 
 
 def test_the_first_of_the_largest_is_taken_and_nan_takes_the_last_place():

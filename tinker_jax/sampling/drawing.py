@@ -5,15 +5,19 @@ Letters as elsewhere: S rows of a decode batch, V vocabulary, W pages of a row.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
 
 STOP_IDS = 8
 """Stop ids that the device checks for each row; a longer list is checked on the host after each chunk."""
+
+_MANY_LOGITS = 1 << 20
+"""4 MiB. What a program needs beyond 32 MiB, a C library maps and a kernel clears at every call."""
 
 
 class Rows(NamedTuple):
@@ -125,22 +129,41 @@ def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> j
 
     Tokens are ranked by log-probability, equal ones by id, so `top_k` leaves exactly k under ties. `top_p` then leaves
     the shortest prefix of what `top_k` left whose share of its mass reaches p; the likeliest token always stays.
+
+    The last token of either is found digit by digit, each by a sum over the vocabulary: a CPU sorts twenty times as long.
     """
     V = logp_SV.shape[1]
-    ids_SV = jax.lax.broadcasted_iota(jnp.int32, logp_SV.shape, 1)
+    ids_SV = jax.lax.broadcasted_iota(jnp.uint32, logp_SV.shape, 1)
+    # -log p is positive or zero (never -0), and positive floats are in the order of their bits.
+    rank_SV = jax.lax.bitcast_convert_type(0.0 - logp_SV, jnp.uint32)
+
+    def up_to_the_last(before: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Tokens up to the last one for which `before`(tokens ranked before it) holds; it must hold of none."""
+        rank_S1 = _greatest(32, lambda rank_S1: before(rank_SV < rank_S1), logp_SV.shape[0])
+        less_SV, equal_SV = rank_SV < rank_S1, rank_SV == rank_S1
+        id_S1 = _greatest(V.bit_length(), lambda id_S1: before(less_SV | (equal_SV & (ids_SV < id_S1))), logp_SV.shape[0])
+        return less_SV | (equal_SV & (ids_SV <= id_S1))
+
     k_S1 = jnp.where((top_k_S < 1) | (top_k_S > V), V, top_k_S)[:, None]
-    p_S1 = top_p_S[:, None]
-    minus_SV, order_SV = jax.lax.sort((-logp_SV, ids_SV), dimension=1, num_keys=2)
-    mass_SV = jnp.where(ids_SV < k_S1, jnp.exp(-minus_SV), 0.0)
-    reached_SV = jnp.cumsum(mass_SV, axis=1)
-    before_SV = jnp.pad(reached_SV[:, :-1], ((0, 0), (1, 0)))
-    within_SV = (ids_SV < k_S1) & ((before_SV < p_S1 * reached_SV[:, -1:]) | (p_S1 >= 1))
-    # At least one stays, also where p is so small that it rounds to zero.
-    last_S1 = jnp.maximum(jnp.sum(within_SV, axis=1, keepdims=True, dtype=jnp.int32) - 1, 0)
-    # The mask goes back to the ids through the last token kept, which is cheaper than inverting the permutation.
-    floor_S1 = -jnp.take_along_axis(minus_SV, last_S1, axis=1)
-    last_id_S1 = jnp.take_along_axis(order_SV, last_S1, axis=1)
-    return (logp_SV > floor_S1) | ((logp_SV == floor_S1) & (ids_SV <= last_id_S1))
+    kept_SV = up_to_the_last(lambda some_SV: jnp.sum(some_SV, axis=1, keepdims=True, dtype=jnp.int32) < k_S1)
+    mass_SV = jnp.where(kept_SV, jnp.exp(logp_SV), 0.0)
+    enough_S1 = top_p_S[:, None] * jnp.sum(mass_SV, axis=1, keepdims=True)
+
+    def is_short(some_SV: jax.Array) -> jax.Array:
+        mass_S1 = jnp.sum(jnp.where(some_SV, mass_SV, 0.0), axis=1, keepdims=True)
+        return (mass_S1 < enough_S1) | (mass_S1 == 0)  # where p is so small that it rounds to zero, one stays
+
+    return kept_SV & (up_to_the_last(is_short) | (top_p_S >= 1)[:, None])
+
+
+def _greatest(bits: int, holds: Callable[[jax.Array], jax.Array], S: int) -> jax.Array:
+    """uint32 [S, 1]: the greatest number of so many bits for which `holds`, which it does from 0 up to some number."""
+
+    def digit(i: jax.Array, x_S1: jax.Array) -> jax.Array:
+        more_S1 = x_S1 | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(holds(more_S1), more_S1, x_S1)
+
+    return jax.lax.fori_loop(0, bits, digit, jnp.zeros((S, 1), jnp.uint32))
 
 
 def noise(seed_S: jax.Array, sample_S: jax.Array, position_S: jax.Array, V: int) -> jax.Array:
@@ -149,13 +172,24 @@ def noise(seed_S: jax.Array, sample_S: jax.Array, position_S: jax.Array, V: int)
     Threefry twice: under the seed it makes a key of (sample, position), under that key two words of each token id, of which
     `jax.random` would use one.
     """
-    tokens_2V = jnp.arange(2 * V, dtype=jnp.uint32)
+    first_S, second_S = threefry(seed_S[:, 0], seed_S[:, 1], sample_S, position_S)
+    token_1V = jnp.arange(V, dtype=jnp.uint32)[None]
+    return gumbel(*threefry(first_S[:, None], second_S[:, None], token_1V, token_1V + jnp.uint32(V)))
 
-    def row(words, sample, position):
-        key = threefry_2x32(words, jnp.stack([sample, position]).astype(jnp.uint32))
-        return gumbel(*threefry_2x32(key, tokens_2V).reshape(2, V))
 
-    return jax.vmap(row)(seed_S, sample_S, position_S)
+def threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 of 20 rounds (Salmon et al., 2011): two uint32 words of a counter of two words under a key of two.
+
+    The numbers of `jax.extend.random.threefry_2x32`, whose rounds are a loop on a CPU and go through memory each.
+    """
+    keys = key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA)
+    x0, x1 = x0.astype(jnp.uint32) + keys[0], x1.astype(jnp.uint32) + keys[1]
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << turn) | (x1 >> (32 - turn)))
+        x0, x1 = x0 + keys[(i + 1) % 3], x1 + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x0, x1
 
 
 def gumbel(high: jax.Array, low: jax.Array) -> jax.Array:
@@ -171,14 +205,14 @@ def gumbel(high: jax.Array, low: jax.Array) -> jax.Array:
 def draw(logits_SV: jax.Array, rows: Rows, position_S: jax.Array, filters: bool = True) -> tuple[jax.Array, jax.Array]:
     """One token for each row, by the Gumbel-max trick (argmax of log p + noise is distributed as p).
 
-    The noise belongs to the token id, so neither the filters nor the other rows change which noise a token meets. The sort is
-    skipped when no live row needs it; noise costs less than a branch around it.
+    The noise belongs to the token id, so neither the filters nor the other rows change which noise a token meets. Filters are
+    skipped when no live row needs them; noise costs less than a branch around it.
 
     Args:
         logits_SV: float32.
         rows: settings of the rows.
         position_S: where the drawn tokens will stand.
-        filters: whether some row may have a filter; the sort is nearly half of what there is to compile.
+        filters: whether some row may have a filter; they are a good part of what there is to compile.
 
     Returns:
         Token ids int32 [S], and log p_τ of every token [S, V].
@@ -227,7 +261,9 @@ def nothing_drawn(S: int, steps: int, top: int) -> Drawn:
     )
 
 
-def advance(logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array, filters: bool = True) -> tuple[Rows, Drawn]:
+def advance(
+    logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array, filters: bool = True, rows_at_once: int | None = None
+) -> tuple[Rows, Drawn]:
     """Draws each live row's next token.
 
     Args:
@@ -236,21 +272,34 @@ def advance(logits_SV: jax.Array, rows: Rows, drawn: Drawn, step: jax.Array, fil
         drawn: what the chunk drew so far.
         step: int32, column of `drawn` that the tokens go to.
         filters: see `draw`.
+        rows_at_once: of large vocabularies, so that what is made of their logits stays small; None: all.
 
     Returns:
         The rows as they stand after it, those that are done no longer live, and what is drawn now.
     """
+    S, V = logits_SV.shape
+    top = drawn.top_ids.shape[-1]
+
+    def some(logits_SV: jax.Array, rows: Rows) -> tuple[jax.Array, ...]:
+        token_S, logp_SV = draw(logits_SV, rows, rows.position + 1, filters)
+        logprob_S = jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]
+        return token_S, logprob_S, *(jax.lax.top_k(logp_SV, top) if top else ())
+
+    if rows_at_once is None or S * V < _MANY_LOGITS:
+        token_S, logprob_S, *best = some(logits_SV, rows)
+    else:
+        each = math.gcd(S, rows_at_once)
+        groups = jax.tree.map(lambda x: jnp.reshape(x, (S // each, each, *x.shape[1:])), (logits_SV, rows))
+        token_S, logprob_S, *best = (x.reshape(S, *x.shape[2:]) for x in jax.lax.map(lambda group: some(*group), groups))
 
     def put(x: jax.Array, values: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(x, values, step, 1)
 
-    token_S, logp_SV = draw(logits_SV, rows, rows.position + 1, filters)
-    logprob_S = jnp.take_along_axis(logp_SV, token_S[:, None], axis=1)[:, 0]
     drawn = drawn._replace(
         count=drawn.count + rows.live, tokens=put(drawn.tokens, token_S), logprobs=put(drawn.logprobs, logprob_S)
     )
-    if top := drawn.top_ids.shape[-1]:
-        values, ids = jax.lax.top_k(logp_SV, top)
+    if best:
+        values, ids = best
         drawn = drawn._replace(top_ids=put(drawn.top_ids, ids), top_logprobs=put(drawn.top_logprobs, values))
     remaining_S = rows.remaining - rows.live
     stopped_S = jnp.any(rows.stop_ids == token_S[:, None], axis=1)

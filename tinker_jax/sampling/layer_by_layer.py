@@ -30,6 +30,9 @@ from tinker_jax.sharding import host_view, views_of_layers, views_of_weights
 _MOST_LAYERS = 4
 """Of a program. From one to three a decode step gets 5 to 10 % faster, from there to ten hardly."""
 
+_ROWS_AT_ONCE = 8
+"""Whose tokens are drawn together from a large vocabulary."""
+
 
 class Batch(NamedTuple):
     """What every layer needs to know of the tokens at work, M = R·T of them.
@@ -202,7 +205,7 @@ class LayerByLayer:
     def _draw_tokens(self, ends, head, h_SD, batch, rows, drawn, step, *, filters):
         """One token for every live row; (is any row still live, the new tokens' embeddings, what layers need of them, …)."""
         logits_SV = head_logits(self._final_norm(ends, h_SD), unembedding(self._cfg, ends), head, batch.slots)
-        rows, drawn = advance(logits_SV, rows, drawn, step, filters)
+        rows, drawn = advance(logits_SV, rows, drawn, step, filters, _ROWS_AT_ONCE)
         position_S1 = jnp.where(rows.live, rows.position, -1)[:, None]
         batch = batch._replace(positions=position_S1, rope=self._rope(position_S1))
         return jnp.any(rows.live), ends["embed.embedding"][rows.token], batch, rows, drawn
