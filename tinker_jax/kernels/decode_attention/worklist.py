@@ -17,8 +17,7 @@ from tinker_jax.kernels.decode_attention.xla import xla_attend
 _MANY, _MANY_KEYS = 128, 256  # queries of a row that outweigh its gathers: then whole blocks of keys are faster than pages
 _LOWEST = -1e30  # of a query that has seen nothing yet; finite, as -inf - -inf is NaN
 _SPAN = 8  # pages of every row that are put together at a time
-_AT_ONCE = 16  # pages gathered at a time by many rows, so that what is gathered stays in a core's cache
-_FEW_ROWS = 16  # these gather two pages each: a batch of short rows is then done at once
+_AT_ONCE = 16  # pages gathered at a time, two of a row at most: what is gathered stays in a core's cache
 _MOST_QUERIES = 1024  # of the pages gathered at a time
 
 
@@ -38,7 +37,7 @@ def worklist_attend(
         return xla_attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N, scale=scale, window=window, block=_MANY_KEYS)
     K = pages.k.shape[1]
     G = N // K
-    few = max(1, min(2 * R if R <= _FEW_ROWS else _AT_ONCE, _MOST_QUERIES // T))
+    few = max(1, min(2 * R, _AT_ONCE, _MOST_QUERIES // T))
     most = (-(-R * _SPAN // few) + 1) * few
     q_RKGTH = q_RTNH.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4)
     end_R = jnp.max(positions_RT, axis=1) // PAGE + 1
