@@ -132,20 +132,28 @@ def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> j
 
     The last token of either is found digit by digit, each by a sum over the vocabulary: a CPU sorts twenty times as long.
     """
-    V = logp_SV.shape[1]
+    S, V = logp_SV.shape
     ids_SV = jax.lax.broadcasted_iota(jnp.uint32, logp_SV.shape, 1)
     # -log p is positive or zero (never -0), and positive floats are in the order of their bits.
     rank_SV = jax.lax.bitcast_convert_type(0.0 - logp_SV, jnp.uint32)
 
     def up_to_the_last(before: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Tokens up to the last one for which `before`(tokens ranked before it) holds; it must hold of none."""
-        rank_S1 = _greatest(32, lambda rank_S1: before(rank_SV < rank_S1), logp_SV.shape[0])
+        rank_S1 = _greatest(32, lambda rank_S1: before(rank_SV < rank_S1), S)
         less_SV, equal_SV = rank_SV < rank_S1, rank_SV == rank_S1
-        id_S1 = _greatest(V.bit_length(), lambda id_S1: before(less_SV | (equal_SV & (ids_SV < id_S1))), logp_SV.shape[0])
+        id_S1 = jax.lax.cond(
+            jnp.any(jnp.sum(equal_SV, axis=1) > 1),
+            lambda: _greatest(V.bit_length(), lambda id_S1: before(less_SV | (equal_SV & (ids_SV < id_S1))), S),
+            lambda: jnp.full((S, 1), V, jnp.uint32),
+        )
         return less_SV | (equal_SV & (ids_SV <= id_S1))
 
     k_S1 = jnp.where((top_k_S < 1) | (top_k_S > V), V, top_k_S)[:, None]
-    kept_SV = up_to_the_last(lambda some_SV: jnp.sum(some_SV, axis=1, keepdims=True, dtype=jnp.int32) < k_S1)
+    kept_SV = jax.lax.cond(
+        jnp.any(k_S1 < V),
+        lambda: up_to_the_last(lambda some_SV: jnp.sum(some_SV, axis=1, keepdims=True, dtype=jnp.int32) < k_S1),
+        lambda: jnp.ones((S, V), bool),
+    )
     mass_SV = jnp.where(kept_SV, jnp.exp(logp_SV), 0.0)
     enough_S1 = top_p_S[:, None] * jnp.sum(mass_SV, axis=1, keepdims=True)
 
@@ -153,7 +161,9 @@ def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> j
         mass_S1 = jnp.sum(jnp.where(some_SV, mass_SV, 0.0), axis=1, keepdims=True)
         return (mass_S1 < enough_S1) | (mass_S1 == 0)  # where p is so small that it rounds to zero, one stays
 
-    return kept_SV & (up_to_the_last(is_short) | (top_p_S >= 1)[:, None])
+    whole_S1 = (top_p_S >= 1)[:, None]
+    within_SV = jax.lax.cond(jnp.all(whole_S1), lambda: jnp.ones((S, V), bool), lambda: up_to_the_last(is_short))
+    return kept_SV & (within_SV | whole_S1)
 
 
 def _greatest(bits: int, holds: Callable[[jax.Array], jax.Array], S: int) -> jax.Array:
