@@ -81,6 +81,13 @@ def test_the_likeliest_token_stays_under_the_smallest_top_p(top_p):
     assert keep(logits, jnp.asarray([-1]), jnp.asarray([top_p], jnp.float32)).tolist() == [[False, True, False, False]]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (2, 0.5), (0, 0.5)])
+def test_a_certain_token_stays(top_k, top_p):
+    logp = drawing.tempered_logprobs(jnp.array([[0.0, 1e4, 0.0]]), jnp.ones(1))
+    assert logp[0, 1] == 0
+    np.testing.assert_array_equal(keep(logp, jnp.array([top_k]), jnp.array([top_p])), [[False, True, False]])
+
+
 def test_top_p_applies_to_what_top_k_left():
     logp = np.log(np.float32([[0.4, 0.3, 0.2, 0.1]]))
     assert keep(logp, np.int32([2]), np.float32([0.57])).sum() == 1  # 0.4 / 0.7 = 0.571

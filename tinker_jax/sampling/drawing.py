@@ -17,7 +17,7 @@ STOP_IDS = 8
 """Stop ids that the device checks for each row; a longer list is checked on the host after each chunk."""
 
 _MANY_LOGITS = 1 << 20
-"""4 MiB. What a program needs beyond 32 MiB, a C library maps and a kernel clears at every call."""
+"""Of these, 4 MiB, a draw makes several arrays; what a program needs beyond 32 MiB, Linux clears anew at every call."""
 
 
 class Rows(NamedTuple):
@@ -134,8 +134,8 @@ def kept_tokens(logp_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> j
     """
     S, V = logp_SV.shape
     ids_SV = jax.lax.broadcasted_iota(jnp.uint32, logp_SV.shape, 1)
-    # -log p is positive or zero (never -0), and positive floats are in the order of their bits.
-    rank_SV = jax.lax.bitcast_convert_type(0.0 - logp_SV, jnp.uint32)
+    # |log p| falls as p rises, and floats without a sign are in the order of their bits.
+    rank_SV = jax.lax.bitcast_convert_type(jnp.abs(logp_SV), jnp.uint32)
 
     def up_to_the_last(before: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Tokens up to the last one for which `before`(tokens ranked before it) holds; it must hold of none."""
