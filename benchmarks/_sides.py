@@ -148,8 +148,9 @@ def our_step(client: Any, data: Sequence[Any]) -> None:
 def trainer_step(trainer: Any, adapter: Any, data: Sequence[Any]) -> None:
     """The same asked of the trainer itself: no clients, no threads."""
     import tinker_jax as tinker
+    from tinker_jax.training.pending import complete
 
-    step = trainer.forward_backward(adapter, data, "cross_entropy", None, backward=True)
+    step = complete(trainer.forward_backward(adapter, data, "cross_entropy", None, backward=True))
     update = trainer.optim_step(adapter, tinker.AdamParams(learning_rate=1e-4)).finish()
     logprobs, _ = step.finish()
     assert len(logprobs) == len(data) and "grad_norm" in update

@@ -47,7 +47,7 @@ def test_twenty_steps_with_changing_hyperparameters_equal_torch_and_compile_once
             "grad_clip_norm": [0.0, 0.5, 100.0][i % 3],
         }
         grads = random_tree(rng, scale=10.0 ** (i % 3 - 1))
-        adapter, state, metrics = step(adapter, to_jax(grads), state, optim.adam_hyper(**values))
+        adapter, state, metrics, _ = step(adapter, to_jax(grads), state, optim.adam_hyper(**values))
 
         for leaf, grad in zip(leaves, jax.tree.leaves(grads), strict=True):
             leaf.grad = torch.tensor(grad, dtype=torch.float32)
@@ -73,7 +73,7 @@ def test_the_moments_equal_torch_s():
     rng = np.random.default_rng(1)
     start = random_tree(rng)
     adapter, grads = to_jax(start), random_tree(rng)
-    _, state, _ = optim.adamw(adapter, to_jax(grads), optim.init(adapter), optim.adam_hyper())
+    _, state, _, _ = optim.adamw(adapter, to_jax(grads), optim.init(adapter), optim.adam_hyper())
     for mu, nu, grad in zip(*(jax.tree.leaves(x) for x in (state["mu"], state["nu"], grads)), strict=True):
         np.testing.assert_allclose(mu, 0.1 * grad, rtol=1e-5)
         np.testing.assert_allclose(nu, 0.05 * grad**2, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_the_moments_equal_torch_s():
 def test_zero_gradients_change_nothing_at_the_default_eps():
     adapter = to_jax(random_tree(np.random.default_rng(2)))
     zeros = jax.tree.map(jnp.zeros_like, adapter)
-    after, state, metrics = jax.jit(optim.adamw)(adapter, zeros, optim.init(adapter), optim.adam_hyper(grad_clip_norm=1.0))
+    after, state, metrics, _ = jax.jit(optim.adamw)(adapter, zeros, optim.init(adapter), optim.adam_hyper(grad_clip_norm=1.0))
     jax.tree.map(np.testing.assert_array_equal, after, adapter)
     assert metrics["grad_norm"] == 0 and int(state["count"]) == 1
 
@@ -90,7 +90,7 @@ def test_zero_gradients_change_nothing_at_the_default_eps():
 def test_a_first_step_moves_every_entry_by_the_learning_rate():
     adapter = to_jax(random_tree(np.random.default_rng(3)))
     grads = jax.tree.map(lambda x: 1e-6 * jnp.sign(x), adapter)
-    after, _, _ = optim.adamw(adapter, grads, optim.init(adapter), optim.adam_hyper(learning_rate=1e-2))
+    after, _, _, _ = optim.adamw(adapter, grads, optim.init(adapter), optim.adam_hyper(learning_rate=1e-2))
     jax.tree.map(lambda a, x: np.testing.assert_allclose(a, x - 1e-2 * np.sign(x), atol=1e-6), after, adapter)
 
 
@@ -126,10 +126,32 @@ def test_impossible_hyperparameters_are_refused_by_name(values, message):
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     rng = np.random.default_rng(0)
     adapter = to_jax(random_tree(rng))
-    adapter, state, _ = optim.adamw(adapter, to_jax(random_tree(rng)), optim.init(adapter), optim.adam_hyper())
+    adapter, state, _, applied = optim.adamw(adapter, to_jax(random_tree(rng)), optim.init(adapter), optim.adam_hyper())
     grads = to_jax(random_tree(rng))
     grads["lm_head"]["a"] = grads["lm_head"]["a"].at[0, 0].set(bad)
-    after, state_after, metrics = optim.adamw(adapter, grads, state, optim.adam_hyper(weight_decay=0.1))
-    assert not np.isfinite(metrics["grad_norm"])
+    after, state_after, metrics, refused = optim.adamw(adapter, grads, state, optim.adam_hyper(weight_decay=0.1))
+    assert applied and not refused and not np.isfinite(metrics["grad_norm"])
     for old, new in zip(jax.tree.leaves((adapter, state)), jax.tree.leaves((after, state_after)), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": 1e-37, "learning_rate": 1e25},
+        {"weight_decay": 1e38},
+        {"learning_rate": 1e38},
+        {"learning_rate": 1e30, "weight_decay": 1e30},
+    ],
+)
+def test_a_step_after_which_something_would_not_be_finite_changes_nothing(change):
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda x: 100 * x, to_jax(random_tree(rng)))
+    grads = jax.tree.map(lambda x: x.at[0].set(1e-20), to_jax(random_tree(rng)))
+    state = optim.init(adapter)
+    hyper = optim.adam_hyper(**{"weight_decay": 0.1, **change})
+    for step in (optim.adamw, jax.jit(optim.adamw)):
+        after, state_after, metrics, applied = step(adapter, grads, state, hyper)
+        assert not applied and np.isfinite(metrics["grad_norm"])
+        for a, b in zip(jax.tree.leaves((after, state_after)), jax.tree.leaves((adapter, state)), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -66,13 +66,19 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def out_of_memory(plan: Plan, shape: tuple[int, int] | None = None, least: int = 0, several: bool = False) -> Iterator[None]:
-    """Raises XLA's out-of-memory, which is known by its text alone, as `OutOfMemory`."""
+    """Raises XLA's out-of-memory as `OutOfMemory`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory allocating")):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(str(error), plan, shape, least, several) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is it XLA's out-of-memory, which is known by its text alone?"""
+    signs = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def smaller(plan: Plan, shape: tuple[int, int], least: int, several: bool) -> Plan | None:

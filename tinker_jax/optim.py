@@ -74,13 +74,14 @@ def init(adapter: Tree) -> dict[str, Any]:
 
 def adamw(
     adapter: Tree, grads: Tree, opt_state: dict[str, Any], hyper: AdamHyper
-) -> tuple[Tree, dict[str, Any], dict[str, jax.Array]]:
+) -> tuple[Tree, dict[str, Any], dict[str, jax.Array], jax.Array]:
     """One step of `torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`.
 
     With g the gradient times min(1, c / (‖g‖ + 1e-6)) when c = `grad_clip_norm` > 0, and t the step from 1:
     m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²; θ ← θ − lr·(m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε) + wd·θ).
 
-    A gradient whose norm is not finite changes nothing: parameters and state come back as they were.
+    A gradient whose norm is not finite changes nothing: parameters and state come back as they were. Nor does a step after
+    which one of their values would not be finite.
 
     Args:
         adapter: parameters.
@@ -89,7 +90,7 @@ def adamw(
         hyper: from `adam_hyper`.
 
     Returns:
-        `(adapter, opt_state, {"grad_norm": global norm before clipping, float32 scalar})`.
+        `(adapter, opt_state, {"grad_norm": global norm before clipping, float32 scalar}, was it applied)`.
 
     References:
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
@@ -111,5 +112,7 @@ def adamw(
     updates, (after, *_) = transform.update(grads, (before, *stateless), adapter)
     old = (adapter, opt_state)
     new = (optax.apply_updates(adapter, updates), {"mu": after.mu, "nu": after.nu, "count": after.count})
-    adapter, opt_state = jax.tree.map(lambda n, o: jnp.where(jnp.isfinite(norm), n, o), new, old)
-    return adapter, opt_state, {"grad_norm": norm}
+    finite = jnp.stack([jnp.isfinite(norm), *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new))])
+    applied = jnp.all(finite)
+    adapter, opt_state = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+    return adapter, opt_state, {"grad_norm": norm}, applied

@@ -1,6 +1,7 @@
 """Training and sampling at once, through the public clients: both go on, neither changes the other, nothing is left behind."""
 
 import asyncio
+import dataclasses
 import itertools
 import time
 
@@ -63,6 +64,38 @@ def wait_until_idle(client):
         assert time.monotonic() < deadline, (sampler.running, sampler.waiting, sampler.held_pages)
         time.sleep(0.01)
     assert not sampler._scheduler.slots.names
+
+
+def test_a_sample_of_64_tokens_beside_a_long_training_call_ends_in_a_twentieth_of_it(service, monkeypatch):
+    """Both counted in dispatched work: micro-batches on one side, prefills and decode chunks on the other."""
+    client = new_training(service)
+    engine, sampler = client._engine, client.save_weights_and_get_sampling_client()
+    params, dispatched, micro_batches = SamplingParams(max_tokens=4 * STEPS, stop=[], seed=0), [], 128
+    calm = sampler.sample(prompt(20), 1, params).result()
+    assert len(calm.sequences[0].tokens) == 64
+
+    def record(owner, name, what):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: dispatched.append(what) or real(*args, **options))
+
+    record(engine._trainer._model, "_micro_batch", "train")
+    record(engine._sampler._runner, "prefill", "sample")
+    record(engine._sampler._runner, "decode", "sample")
+    monkeypatch.setattr(engine._trainer, "_plan", dataclasses.replace(engine._trainer._plan, token_budget=256))
+    batch = data(1, [250] * micro_batches)
+    client.forward_backward(batch[:2], "cross_entropy").result()  # compiles
+    dispatched.clear()
+    training = client.forward_backward(batch, "cross_entropy")
+    while len(dispatched) < micro_batches // 4:
+        time.sleep(0.001)
+    before = len(dispatched)
+    response = sampler.sample(prompt(20, seed=1), 1, params).result()
+    meanwhile = dispatched[before:]
+    assert dispatched.count("train") < micro_batches
+    assert meanwhile.count("train") <= 0.05 * micro_batches
+    training.result()
+    assert dispatched.count("train") == micro_batches and dispatched.count("sample") <= 0.15 * micro_batches
+    assert len(response.sequences[0].tokens) == 64
 
 
 def test_300_requests_some_cancelled_while_a_loop_trains(service):

@@ -321,7 +321,7 @@ def test_a_failed_request_leaves_the_client_usable(engine, model_id):
 def test_a_program_that_fails_keeps_gradients_and_weights(engine, model_id, monkeypatch):
     engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True).result(120)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._trainer._model, "run", lambda call: 1 / 0)
+        patch.setattr(engine._trainer._model, "run", lambda *_: 1 / 0)
         with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
             engine.forward_backward(model_id, data(), "cross_entropy", None, backward=True).result(120)
     norm = engine.optim_step(model_id, STEP).result(120).metrics["grad_norm:mean"]

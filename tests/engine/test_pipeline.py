@@ -123,9 +123,19 @@ def test_queued_steps_are_dispatched_before_the_first_is_read_and_give_the_same_
     np.testing.assert_array_equal(adapter(engine, "tried"), adapter(engine, "calm"))
 
 
+def test_a_loss_that_is_not_finite_is_refused_and_leaves_the_later_steps_as_if_it_had_not_been(engine):
+    calm = results(rounds(engine, "calm"))
+    refused = forward_backward(engine, "tried", 9, weight=3e38)
+    futures = rounds(engine, "tried")
+    with pytest.raises(UnprocessableEntityError, match="the loss is not finite"):
+        refused.result(120)
+    np.testing.assert_array_equal(results(futures), calm)
+    np.testing.assert_array_equal(adapter(engine, "tried"), adapter(engine, "calm"))
+
+
 def test_a_refused_step_under_way_leaves_the_later_ones_as_if_it_had_not_been(engine):
     calm = results(rounds(engine, "calm"))
-    forward_backward(engine, "tried", 9, weight=3e38)
+    forward_backward(engine, "tried", 9, weight=1e30)
     refused = engine.optim_step("tried", STEP)
     futures = rounds(engine, "tried")
     with pytest.raises(UnprocessableEntityError, match="not finite"):

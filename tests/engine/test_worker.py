@@ -74,7 +74,7 @@ def test_a_detour_holds_its_own_lane_only_and_may_use_the_worker(worker):
         release.wait(5)
         return worker.submit("b", lambda: "from b").result(5)  # would deadlock on the worker's own thread
 
-    custom = worker.submit("a", lambda: Detour(outside, lambda value: order.append("inside") or value))
+    custom = worker.submit("a", lambda: Detour(outside, lambda value: order.append("inside") or value, callers=True))
     later = worker.submit("a", lambda: order.append("later"))
     assert worker.submit("b", lambda: "free").result(5) == "free"
     assert not later.done()
@@ -92,7 +92,7 @@ def test_a_detour_that_raises_gives_the_callers_own_error_and_frees_the_lane(wor
         raise Mine("x")
 
     with pytest.raises(Mine):
-        worker.submit("a", lambda: Detour(outside, lambda v: v)).result(5)
+        worker.submit("a", lambda: Detour(outside, lambda v: v, callers=True)).result(5)
     assert worker.submit("a", lambda: 1).result(5) == 1
 
 
@@ -185,7 +185,7 @@ def test_a_custom_loss_under_way_when_the_worker_closes_does_not_leave_its_calle
         begun.set()
         gate.wait(5)
 
-    custom = worker.submit("a", lambda: Detour(outside, lambda _: "inside"))
+    custom = worker.submit("a", lambda: Detour(outside, lambda _: "inside", callers=True))
     later = worker.submit("a", lambda: 1)
     assert begun.wait(5)
     closer = threading.Thread(target=worker.close)
@@ -224,7 +224,7 @@ def test_callbacks_of_a_custom_loss_that_ends_while_the_worker_closes_may_use_th
         gate.set()
         ended.wait(5)
 
-    worker.submit("a", lambda: Detour(outside, lambda _: None)).add_done_callback(submit_elsewhere)
+    worker.submit("a", lambda: Detour(outside, lambda _: None, callers=True)).add_done_callback(submit_elsewhere)
     worker.submit("a", lambda: 1).add_done_callback(hold_close_back)
     assert begun.wait(5)
     worker.close()
@@ -322,7 +322,7 @@ def test_a_custom_loss_that_would_begin_after_close_is_refused():
 
     def forward():
         gate.wait(5)
-        return Detour(lambda: ran.append(1), lambda _: None)
+        return Detour(lambda: ran.append(1), lambda _: None, callers=True)
 
     custom = worker.submit("a", forward)
     while not custom.running():
@@ -675,3 +675,227 @@ def test_a_read_step_is_forgotten(worker):
     while alive[0]() is not None and time.monotonic() < end:
         time.sleep(0.001)
     assert alive[0]() is None
+
+
+# ---- turns ----
+
+
+class Clock:
+    """Seconds that pass when work says so."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Shared:
+    """A worker whose requests and samples take turns of known length, and the order in which they had them."""
+
+    def __init__(self):
+        self.clock, self.turns, self.waiting, self.gate = Clock(), [], [], threading.Event()
+        self.worker = Worker("turns", lambda: None, self.sample_slice, clock=self.clock)
+
+    def train(self, lane, micro_batches, seconds=1.0, at=None, **options):
+        """A request that pauses as long as others wait; `at` of its micro-batches does something first."""
+
+        def run():
+            for number in range(micro_batches):
+                if at and number in at:
+                    at[number]()
+                self.turns.append(lane)
+                self.clock.now += seconds
+                if self.worker.others_wait():
+                    yield
+            return Pending(lambda: f"{lane} done", lambda: None)
+
+        return self.worker.submit(lane, run, overlaps=True, **options)
+
+    def sample(self, slices, seconds=0.1):
+        return self.worker.hand_over("sampler", lambda future: self.waiting.append([future, slices, seconds]))
+
+    def sample_slice(self):
+        for entry in list(self.waiting):
+            self.turns.append("sample")
+            self.clock.now += entry[2]
+            entry[1] -= 1
+            if not entry[1]:
+                self.waiting.remove(entry)
+                entry[0].set_result(len(self.turns))
+        return bool(self.waiting)
+
+
+@pytest.fixture
+def shared():
+    shared = Shared()
+    yield shared
+    shared.worker.close()
+
+
+def test_a_sample_beside_a_long_training_call_ends_within_two_turns_and_costs_its_own_time(shared):
+    futures = []
+    training = shared.train("a", 60, at={20: lambda: futures.append(shared.sample(5))})
+    assert training.result(5) == "a done"
+    assert futures[0].result(5) == 27
+    assert shared.turns == ["a"] * 21 + ["sample", "a"] + ["sample"] * 4 + ["a"] * 38
+
+
+@pytest.mark.parametrize("slice_seconds", [0.1, 0.5, 1.0, 4.0])
+def test_sampling_and_training_have_the_device_for_equal_times(shared, slice_seconds):
+    futures = []
+    shared.train("a", 80, at={0: lambda: futures.append(shared.sample(10**9, slice_seconds))}).result(5)
+    beside = shared.turns[: len(shared.turns) - 1 - shared.turns[::-1].index("a")]
+    sampled, trained = slice_seconds * beside.count("sample"), beside.count("a")
+    assert abs(sampled - trained) <= 1 + slice_seconds
+    futures[0].set_exception(KeyError("enough")), shared.waiting.clear()
+
+
+def test_what_one_side_does_alone_does_not_count_later(shared):
+    futures = []
+    shared.train("a", 500, at={400: lambda: futures.append(shared.sample(40, 1.0))}).result(5)
+    assert futures[0].result(5)
+    beside = shared.turns[401:480]
+    assert 39 <= beside.count("a") <= 41  # training had 400 seconds before, and that is no debt
+
+
+def test_two_clients_in_training_alternate_and_end_in_their_own_time(shared):
+    later = []
+    first = shared.train("a", 6, at={1: lambda: later.append(shared.train("b", 2))})
+    assert (first.result(5), later[0].result(5)) == ("a done", "b done")
+    assert shared.turns == ["a", "a", "a", "b", "a", "b", "a", "a"]
+
+
+def test_a_request_of_another_lane_runs_in_the_next_pause_and_one_of_its_own_waits(shared):
+    order = []
+
+    def submit():
+        shared.worker.submit("a", lambda: order.append(("own", len(shared.turns))))
+        shared.worker.submit("b", lambda: order.append(("other", len(shared.turns))))
+
+    shared.train("a", 10, at={3: submit}).result(5)
+    shared.worker.submit("a", lambda: None).result(5)
+    assert order == [("other", 4), ("own", 10)]
+
+
+def test_what_waits_in_its_own_lane_does_not_make_a_request_pause(shared):
+    pauses = []
+    queue = lambda: [shared.train("a", 1), shared.worker.submit("a", lambda: None)]  # noqa: E731
+    shared.train("a", 3, at={0: queue, 2: lambda: pauses.append(shared.worker.others_wait())}).result(5)
+    assert pauses == [False]
+
+
+def test_a_generator_that_raises_fails_its_request_alone(worker):
+    def run():
+        yield
+        raise BadRequestError("no")
+
+    failed = worker.submit("a", run)
+    with pytest.raises(BadRequestError, match="no"):
+        failed.result(5)
+    assert worker.submit("a", lambda: 7).result(5) == 7
+
+
+def test_a_request_under_way_is_given_up_when_the_worker_closes():
+    worker, begun, ended = Worker("test", lambda: None, lambda: False), threading.Event(), []
+
+    def run():
+        try:
+            while True:
+                begun.set()
+                yield
+        finally:
+            ended.append(threading.current_thread().name)
+
+    future = worker.submit("a", run)
+    assert begun.wait(5)
+    worker.close()
+    with pytest.raises(RequestFailedError, match="closed while the request was under way"):
+        future.result(5)
+    assert ended == ["test"]
+
+
+def test_a_request_under_way_begins_again_when_a_step_before_it_fails(device):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run():
+        device.log.append("begin 2")
+        begun.set()
+        while not go_on.is_set():
+            yield
+        return Pending(lambda: "2", lambda: device.log.append("undo 2"))
+
+    first = device.submit("1", errors=[ZeroDivisionError()])
+    second = device.worker.submit("a", run, overlaps=True)
+    assert begun.wait(5)
+    device.finish("1")
+    with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+        first.result(5)
+    go_on.set()
+    assert second.result(5) == "2"
+    assert device.log == ["dispatch 1", "begin 2", "read 1", "undo 1", "begin 2"]
+
+
+# ---- detours after a read, and to files ----
+
+
+def test_nobody_but_its_lane_waits_for_the_forward_of_a_custom_loss(worker):
+    gate, order = threading.Event(), []
+
+    def forward():
+        yield
+        return Pending(lambda: gate.wait(5), lambda: None).then(lambda value: Detour(lambda: "loss", backward, callers=True))
+
+    def backward(loss):
+        yield
+        order.append("backward")
+        return Pending(lambda: loss, lambda: None)
+
+    custom = worker.submit("a", forward)
+    step = worker.submit("a", lambda: order.append("step") or Pending(lambda: "step", lambda: None), overlaps=True)
+    assert worker.submit("b", lambda: 7).result(5) == 7
+    assert not custom.done() and not order
+    gate.set()
+    assert (custom.result(5), step.result(5)) == ("loss", "step")
+    assert order == ["backward", "step"]
+
+
+def test_a_detour_to_files_lets_other_lanes_pass_and_its_result_is_the_requests(worker):
+    gate = threading.Event()
+    save = worker.submit("a", lambda: Detour(lambda: gate.wait(5) and "path"))
+    later = worker.submit("a", lambda: "later")
+    assert worker.submit("b", lambda: 7).result(5) == 7
+    assert not save.done() and not later.done()
+    gate.set()
+    assert (save.result(5), later.result(5)) == ("path", "later")
+
+
+def test_an_unexpected_error_of_a_detour_to_files_arrives_typed(worker):
+    with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
+        worker.submit("a", lambda: Detour(lambda: 1 // 0)).result(5)
+    assert worker.submit("a", lambda: 7).result(5) == 7
+
+
+def test_close_waits_for_a_detour_to_files():
+    worker, begun, gate = Worker("test", lambda: None, lambda: False), threading.Event(), threading.Event()
+    save = worker.submit("a", lambda: Detour(lambda: begun.set() or (gate.wait(5) and "path")))
+    assert begun.wait(5)
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive() and not save.done()
+    gate.set()
+    assert save.result(5) == "path"
+    closer.join(5)
+    assert not closer.is_alive()
+
+
+def test_the_queue_is_not_walked_for_every_request(worker):
+    gate = threading.Event()
+    worker.submit("a", gate.wait)
+    seen, real = [], worker._may_start
+    worker._may_start = lambda request: seen.append(request) or real(request)
+    futures = [worker.submit("a", lambda: None) for _ in range(1000)]
+    gate.set()
+    for future in futures:
+        future.result(5)
+    assert len(seen) < 3000

@@ -100,9 +100,13 @@ class Engine:
 
     def custom(self, request):
         request.strike("dispatch")
-        return Detour(lambda: time.sleep(self.rng.random() * 1e-3), lambda _: self.now(request))
+        yield
+        detour = Detour(lambda: time.sleep(self.rng.random() * 1e-3), lambda _: self.now(request), callers=True)
+        return Pending(lambda: detour, lambda: None)
 
     def train(self, request):
+        for _ in range(self.rng.randrange(3)):
+            yield
         request.strike("dispatch")
         before = self.lanes[request.lane]
         if before.error is not None and self.rng.random() < 0.5:

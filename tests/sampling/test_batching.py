@@ -157,6 +157,33 @@ def test_a_long_prompt_holds_nobody_up(sampler, monkeypatch):
     finish(sampler, long)
 
 
+def test_of_w_prompts_that_wait_each_has_a_chunk_in_any_w_calls(sampler, monkeypatch):
+    rng, real, calls = np.random.default_rng(0), sampler._prefill, []
+    monkeypatch.setattr(sampler_module, "_MOST_PREFILLS", 1)
+
+    def record(unready):
+        before = {sequence: sequence.computed for sequence in unready}
+        real(unready)
+        calls.append({sequence: sequence.computed > computed for sequence, computed in before.items()})
+
+    monkeypatch.setattr(sampler, "_prefill", record)
+    futures, lengths = [], rng.permutation([320, 310, 300, 290, 280, *rng.integers(2, 80, 25).tolist()]).tolist()
+    while lengths or sampler.running or sampler.waiting:
+        for _ in range(min(len(lengths), rng.integers(0, 4))):
+            futures.append(submit(sampler, ask(tokens_of(lengths.pop()), max_tokens=3, stop=[]), next_weights()))
+        sampler.step()
+    assert all(len(future.result(0).sequences[0].tokens) == 3 for future in futures)
+    waited, most = {}, {}
+    for call in calls:
+        for sequence, served in call.items():
+            most[sequence] = max(most.get(sequence, 0), len(call))
+            waited[sequence] = waited.get(sequence, 0) + 1
+            assert waited[sequence] <= most[sequence]
+            if served:
+                waited[sequence] = most[sequence] = 0
+    assert len(waited) == 30
+
+
 def test_the_first_that_finds_no_room_is_not_overtaken(sampler):
     first = submit(small(), ask(tokens_of(CONTEXT - 30), max_tokens=30, stop=[], seed=0))
     second = submit(small(), ask(tokens_of(CONTEXT - 31), max_tokens=30, stop=[], seed=0))

@@ -118,6 +118,22 @@ def test_a_prompt_that_is_scored_reuses_only_what_lies_before_its_scores(sampler
     check(model()[0], p, response)
 
 
+@pytest.mark.parametrize("last_n", [None, 40])
+def test_prompts_that_are_scored_are_prefilled_side_by_side_whatever_they_share(sampler, monkeypatch, last_n):
+    """Nobody waits for pages that it will not share."""
+    calls, stem, counts = spy(monkeypatch, sampler._runner, "prefill"), tokens_of(2 * PAGE, seed=14), []
+    scores = {"max_tokens": 1, "prompt_logprobs": True, "prompt_logprobs_last_n": last_n}
+    for shares in (False, True):
+        prompts = [[*(stem if shares else tokens_of(2 * PAGE, seed=20 + i)), *tokens_of(40, seed=i)] for i in range(16)]
+        before = len(calls)
+        responses = run(sampler, *(ask(prompt, **scores) for prompt in prompts), weights=next_weights())
+        counts.append(len(calls) - before)
+        for prompt, response in zip(prompts, responses, strict=True):
+            check(model()[0], prompt, response)
+    distinct, alike = counts
+    assert alike <= distinct
+
+
 @pytest.mark.parametrize("length", [*range(PAGE, PAGE + 3), 30, 2 * PAGE, 2 * PAGE + 1, 2 * PAGE + 2])
 def test_samples_fork_on_and_off_the_border_of_a_page(sampler, length):
     p = tokens_of(length, seed=8)

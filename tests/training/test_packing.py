@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinker_jax.training.packing import bucket, first_fit_decreasing, pack, unpack
+from tinker_jax.training.packing import bucket, by_length, first_fit_decreasing, pack, unpack
 
 
 @given(st.integers(1, 100_000))
@@ -67,12 +67,24 @@ def test_no_row_holds_more_sequences_than_allowed(lengths, most):
     assert sorted(place[0] for batch in batches for place in batch.places) == list(range(len(lengths)))
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
-def test_rows_hold_no_sequence_twice_and_never_overflow(lengths):
-    rows = first_fit_decreasing(lengths, 64, 3, 5)
-    placed = [i for row in rows for i in row]
-    assert len(set(placed)) == len(placed)
-    assert all(sum(lengths[i] for i in row) <= 64 and len(row) <= 5 for row in rows)
+@given(st.lists(st.integers(1, 80), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 6))
+def test_each_sequence_goes_longest_first_into_the_first_row_with_room(lengths, count, most):
+    waiting = by_length(lengths)
+    rows = first_fit_decreasing(waiting, 64, count, most)
+    expected = [[] for _ in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r in expected if sum(lengths[j] for j in r) + lengths[i] <= 64 and len(r) < most), None)
+        if row is not None:
+            row.append(i)
+    assert rows == expected
+    placed = {i for row in rows for i in row}
+    assert sorted(-i for _, i in waiting) == [i for i in range(len(lengths)) if i not in placed]
+
+
+def test_results_keep_no_neighbours_arrays_alive():
+    batches = pack([np.zeros(n, np.int32) for n in (40, 50)], [{}] * 2, token_budget=256)
+    values = [np.zeros(batch.tokens.shape, np.float32) for batch in batches]
+    assert all(result.base is None for result in unpack(batches, values, 2))
 
 
 @settings(max_examples=50)

@@ -11,6 +11,7 @@ from tinker_jax import lora, sharding
 from tinker_jax.memory import Plan
 from tinker_jax.models.weights import weights
 from tinker_jax.programs import Program
+from tinker_jax.training.pending import Retracted, complete
 from tinker_jax.training.trainer import Trainer
 from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
@@ -23,14 +24,16 @@ class Waiting(Trainer):
     """Reads every step at once."""
 
     def forward_backward(self, *args, **kwargs):
-        return super().forward_backward(*args, **kwargs).finish()
+        return complete(super().forward_backward(*args, **kwargs)).finish()
 
     def optim_step(self, *args):
         return super().optim_step(*args).finish()
 
 
-def trainer(family="qwen3", mesh=None, plan=PLAN):
+def trainer(family="qwen3", mesh=None, plan=PLAN, factors=None):
+    """`factors`: what weights are multiplied by, by name."""
     cfg, params = tiny.base_params(family, tiny.model(family))
+    params = {name: x * np.float32((factors or {}).get(name, 1)) for name, x in params.items()}
     mesh = sharding.make_mesh(mesh)
     placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
     return Waiting(cfg, placed, mesh, plan)
@@ -249,6 +252,44 @@ def test_a_step_with_infinite_gradients_is_refused_and_changes_nothing():
     assert all(np.array_equal(before[k], after[k]) for k in before)
     run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=True)
     run.optim_step(state, AdamParams())
+
+
+def test_a_step_that_would_leave_the_adapter_not_finite_is_refused_and_changes_nothing():
+    run = trainer()
+    state = perturbed(run.new_adapter(LoraConfig(rank=4), 0))
+    run.forward_backward(state, random_data([20]), "cross_entropy", None, backward=True)
+    before = leaves((state.params, state.opt))
+    with pytest.raises(
+        UnprocessableEntityError, match=r"the adapter or its moments would not be finite .* Lower learning_rate"
+    ):
+        run.optim_step(state, AdamParams(learning_rate=1e38, weight_decay=1e3))
+    after = leaves((state.params, state.opt))
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("adapter", r"log-probabilities of data\[0\] are not finite: the adapter's layers\.\w+_proj\.[ab] has such values"),
+        ("base", r"log-probabilities of data\[0\] are not finite, though the adapter is: the base weights have such values"),
+        ("data", "the loss is not finite, though the log-probabilities are: weights"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_refused_with_its_reason(broken, reason, backward):
+    run = trainer()
+    state, weight = perturbed(run.new_adapter(LoraConfig(rank=4), 0)), 1.0
+    if broken == "adapter":
+        state.params["layers"]["q_proj"]["b"] = state.params["layers"]["q_proj"]["b"].at[0].set(np.nan)
+    elif broken == "base":
+        run = trainer(factors={"final_norm.scale": np.nan})
+    else:
+        weight = 3e38
+    data = [datum(np.random.default_rng(i), 20, weights=[weight] * 20) for i in range(2)]
+    with pytest.raises(Retracted) as refused:
+        run.forward_backward(state, data, "cross_entropy", None, backward=backward)
+    assert isinstance(refused.value.error, UnprocessableEntityError)
+    assert refused.match(f"^forward{'_backward' * backward}: .*{reason}.*nothing was changed")
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])

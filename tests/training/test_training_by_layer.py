@@ -15,6 +15,7 @@ from tinker_jax.programs import Program
 from tinker_jax.training.layer_by_layer import LayerByLayer, _share
 from tinker_jax.training.objective import Call
 from tinker_jax.training.packing import pack
+from tinker_jax.training.pending import complete
 from tinker_jax.training.trainer import Trainer, groups
 from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types import LoraConfig
@@ -54,6 +55,10 @@ def call_of(cfg, lengths, *, remat="none", backward=True, loss_fn="cross_entropy
     return Call(adapter, 4.0, batches, loss_fn, values, backward, remat, trained, config.rank, at_once=512)
 
 
+def run(model, call):
+    return complete(model.run(call, lambda: False))
+
+
 def close(ours, theirs, tolerance=2e-5):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -66,7 +71,7 @@ def test_gradients_log_probabilities_and_metrics_are_those_of_the_whole_model(fa
     cfg, layers, whole = models(family)
     call = call_of(cfg, (200, 90, 150, 60), loss_fn=loss_fn)
     assert len(call.batches) == 3
-    ours, theirs = layers.run(call), whole.run(call)
+    ours, theirs = run(layers, call), run(whole, call)
     close(ours, theirs)
     assert all(float(np.abs(x).max()) > 0 for x in jax.tree.leaves(ours[1]))
 
@@ -83,8 +88,8 @@ def test_every_policy_gives_the_same_gradients_and_keeps_what_it_says(remat, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(Program, "__call__", recording)
-        ours = layers.run(call)
-    close(ours[1], whole.run(call)[1])
+        ours = run(layers, call)
+    close(ours[1], run(whole, call)[1])
     T, R, heads = 256, 8, (cfg.N * cfg.H, cfg.K * cfg.H, cfg.K * cfg.H)
     attention = [(1, T, cfg.N, cfg.H), (1, T, cfg.N, 1)]
     products = [(T, n) for n in (3 * R, *heads, R, cfg.D, 2 * R, cfg.F, cfg.F, R)]
@@ -99,13 +104,13 @@ def test_every_policy_gives_the_same_gradients_and_keeps_what_it_says(remat, mon
 def test_any_part_of_the_modules_can_be_trained(flags):
     cfg, layers, whole = models("qwen2")
     call = call_of(cfg, (200, 90), config=LoraConfig(rank=8, **flags))
-    close(layers.run(call), whole.run(call))
+    close(run(layers, call), run(whole, call))
 
 
 def test_a_forward_alone_keeps_nothing_and_has_no_gradients():
     cfg, layers, whole = models("llama")
     call = call_of(cfg, (200, 90, 100), backward=False)
-    (ours, none), (theirs, _) = layers.run(call), whole.run(call)
+    (ours, none), (theirs, _) = run(layers, call), run(whole, call)
     close(ours, theirs)
     assert none is None and layers._backward.count == 0
 
@@ -113,10 +118,39 @@ def test_a_forward_alone_keeps_nothing_and_has_no_gradients():
 def test_micro_batches_side_by_side_give_the_same_bits_every_time():
     cfg, layers, _ = models("qwen3")
     call = call_of(cfg, (250, 240, 230, 200, 100, 90, 80))
-    first, *others = (jax.tree.leaves(layers.run(call)) for _ in range(5))
+    first, *others = (jax.tree.leaves(run(layers, call)) for _ in range(5))
     assert len(call.batches) > 3
     for other in others:
         assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("way", ["layers", "whole"])
+def test_a_call_that_pauses_whenever_it_can_gives_the_same_bits(way):
+    cfg, *models_ = models("qwen3")
+    model, call = dict(zip(("layers", "whole"), models_, strict=True))[way], call_of(cfg, (250, 240, 230, 200, 120, 110, 60))
+    at_rest, pauses, results = run(model, call), 0, []
+
+    def whole():
+        results.append((yield from model.run(call, lambda: True)))
+
+    for _ in whole():
+        pauses += 1
+    for a, b in zip(jax.tree.leaves(at_rest), jax.tree.leaves(results), strict=True):
+        assert np.array_equal(a, b)
+    sizes = [batch.tokens.size for batch in call.batches]
+    assert sizes == [256] * 5 + [128]
+    assert pauses == (2 if way == "layers" else 5)  # two micro-batches side by side, or one
+
+
+def test_a_call_that_is_closed_while_it_pauses_ends_there(monkeypatch):
+    cfg, layers, _ = models("llama")
+    call, begun, real = call_of(cfg, (250,) * 6), [], layers._micro_batch
+    monkeypatch.setattr(layers, "_micro_batch", lambda *args: begun.append(1) or real(*args))
+    work = layers.run(call, lambda: True)
+    next(work)
+    work.close()
+    assert len(begun) == 2 and len(call.batches) == 6
+    run(layers, call)  # nothing was left behind
 
 
 def test_threads_share_the_tokens_and_depend_on_nothing_else():
@@ -132,7 +166,7 @@ def test_micro_batches_of_which_two_do_not_fit_run_one_after_the_other():
     call = call_of(cfg, (400, 200, 150))
     assert [batch.tokens.size for batch in call.batches] == [512, 256, 256]
     for at_once in (0, 512, 1024):
-        close(layers.run(dataclasses.replace(call, at_once=at_once)), whole.run(call))
+        close(run(layers, dataclasses.replace(call, at_once=at_once)), run(whole, call))
 
 
 def test_weights_are_read_where_they_lie_and_gradients_are_added_in_place(monkeypatch):
@@ -149,7 +183,7 @@ def test_weights_are_read_where_they_lie_and_gradients_are_added_in_place(monkey
         return out
 
     monkeypatch.setattr(Program, "__call__", recording)
-    layers.run(call)
+    run(layers, call)
     assert (
         all(sorted(before) == sorted(after) for before, after in totals[1:]) and len(totals) == cfg.L
     )  # the first buffers are not always taken, and why is not known
@@ -171,7 +205,7 @@ def test_there_is_as_much_to_compile_at_any_depth():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Program, "__call__", trace)
-            layers.run(call_of(cfg, (200,)))
+            run(layers, call_of(cfg, (200,)))
         texts.append(sorted(set(lowered)))
         assert layers.programs == 4
     assert texts[0] == texts[1] and len(texts[0]) == 4
@@ -192,6 +226,6 @@ def test_an_error_on_one_thread_is_raised_when_the_other_has_ended(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(layers, "_micro_batch", fails)
         with pytest.raises(ZeroDivisionError):
-            layers.run(call)
+            run(layers, call)
     assert ended == [1]
-    layers.run(call)
+    run(layers, call)

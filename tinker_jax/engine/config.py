@@ -23,8 +23,8 @@ class EngineConfig:
         mesh: devices along each axis (`data`, `fsdp`, `tensor`), such as `{"fsdp": 4, "tensor": 2}`; None: one device.
         memory: bytes of each device's memory the engine may plan with; None: what the device reports.
         home: directory of the checkpoints; None: `$TINKER_JAX_HOME`, or `~/.tinker_jax`.
-        deterministic: sampling gives the same log-probabilities bit for bit whatever else runs, at the cost of always computing
-            64 rows, under one adapter at a time.
+        deterministic: sampling and training give the same numbers bit for bit whatever else runs or is in the call, at a cost:
+            sampling always computes 64 rows, under one adapter at a time; training pads every datum to a row of its own.
 
     Raises:
         BadRequestError: naming the field, what was expected and what was got.

@@ -12,9 +12,10 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -145,7 +146,7 @@ class Engine:
         params = load_base(directory, table, dtype, shardings)
         budget = self.config.memory or memory.device_bytes()
         plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape, mesh.devices.flat[0].platform)
-        trainer = Trainer(cfg, params, mesh, plan)
+        trainer = Trainer(cfg, params, mesh, plan, lambda: self._worker.others_wait(), self.config.deterministic)
         sampler = Sampler(
             cfg,
             params,
@@ -209,14 +210,21 @@ class Engine:
     def load_adapter(self, model_id: str, path: str, *, with_optimizer: bool, create: bool) -> Future[LoraConfig]:
         """Loads a checkpoint into an adapter, new with `create`; gradients are dropped, optimiser state restored or fresh."""
 
-        def run() -> LoraConfig:
+        def run() -> Detour:
+            own = None if create else self._adapter(model_id).lora
+            return Detour(partial(read, own), place)
+
+        def read(own: LoraConfig | None):
             record = self._store.get(path, kinds=("weights",) if with_optimizer else ("weights", "sampler_weights"))
             lora = _lora_of(record)
-            if not create:
-                self._check_same_kind(record, lora, self._adapter(model_id).lora)
+            if own is not None:
+                self._check_same_kind(record, lora, own)
             abstract, abstract_opt = self._trainer.abstract(lora)
             with self._fitting(record):
-                params, opt = load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
+                return lora, *load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
+
+        def place(loaded) -> LoraConfig:
+            lora, params, opt = loaded
             self._adapters[model_id] = self._trainer.place(lora, params, opt)
             return lora
 
@@ -283,7 +291,7 @@ class Engine:
         data = list(data)
         self._check(data, loss_fn, loss_fn_config)
 
-        def run() -> Pending[ForwardBackwardOutput]:
+        def run() -> Generator[None, None, Pending[ForwardBackwardOutput]]:
             return self._forward_backward(model_id, data, loss_fn, loss_fn_config, backward)
 
         return self._worker.submit(model_id, run, overlaps=True)
@@ -293,7 +301,9 @@ class Engine:
         limits = {} if info is None else {"vocab_size": info.vocab_size, "context_length": info.context_length}
         check_data(data, loss_fn, config, **limits)
 
-    def _forward_backward(self, model_id, data, loss_fn, config, backward: bool) -> Pending[ForwardBackwardOutput]:
+    def _forward_backward(
+        self, model_id, data, loss_fn, config, backward: bool
+    ) -> Generator[None, None, Pending[ForwardBackwardOutput]]:
         self._check(data, loss_fn, config)  # again: the model may not have been loaded at the call
         state = self._adapter(model_id)
 
@@ -305,7 +315,8 @@ class Engine:
                 metrics=metrics,
             )
 
-        return self._trainer.forward_backward(state, data, loss_fn, config, backward=backward).then(output)
+        pending = yield from self._trainer.forward_backward(state, data, loss_fn, config, backward=backward)
+        return pending.then(output)
 
     def forward_backward_custom(
         self, model_id: str, data: Sequence[Datum], gradient: CustomGradient
@@ -318,10 +329,13 @@ class Engine:
         plain = [_only_targets(datum) for datum in data]
         self._check(plain, "cross_entropy", None)
 
-        def forward() -> Detour:
-            output = self._forward_backward(model_id, plain, "cross_entropy", None, False).finish()
+        def forward():
+            pending = yield from self._forward_backward(model_id, plain, "cross_entropy", None, False)
+            return pending.then(call_back)
+
+        def call_back(output: ForwardBackwardOutput) -> Detour:
             logprobs = [out["logprobs"].to_numpy() for out in output.loss_fn_outputs]
-            return Detour(lambda: gradient(logprobs), backward)
+            return Detour(lambda: gradient(logprobs), backward, callers=True)
 
         def backward(result: tuple[float, dict[str, float], list[np.ndarray]]):
             loss, metrics, gradients = result
@@ -335,7 +349,8 @@ class Engine:
                 )
                 for datum, g in zip(plain, gradients, strict=True)
             ]
-            return self._forward_backward(model_id, weighted, "cross_entropy", None, True).finish(), loss, metrics
+            pending = yield from self._forward_backward(model_id, weighted, "cross_entropy", None, True)
+            return pending.then(lambda output: (output, loss, metrics))
 
         return self._worker.submit(model_id, forward)
 
@@ -383,8 +398,11 @@ class Engine:
         return self._save(model_id, run_id, name, "sampler_weights", ttl_seconds, False, user_metadata)
 
     def _save(self, model_id, run_id, name, kind, ttl_seconds, overwrite, user_metadata) -> Future[str]:
-        def run() -> str:
-            start, state = time.perf_counter(), self._adapter(model_id)
+        def run() -> Detour:
+            return Detour(partial(write, dataclasses.replace(self._adapter(model_id))))
+
+        def write(state: AdapterState) -> str:
+            start = time.perf_counter()
             params, opt = state.stored()
             opt = opt if kind == "weights" else None
             meta = {"base_model": self.base_model, "rank": state.lora.rank, "groups": list(groups(state.lora))}
@@ -428,16 +446,21 @@ class Engine:
     def load_sampler(self, sampler_id: str, path: str | None) -> Future[None]:
         """Gives a checkpoint's weights, or with None the bare base model, to a sampler."""
 
-        def run() -> None:
-            if path is None:
-                self._samplers[sampler_id] = _SamplerWeights("base", None)
-                return
+        def read(path: str) -> lora_lib.Adapter:
             record = self._store.get(path)
             lora = _lora_of(record)
             with self._fitting(record):
                 params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
-            adapter = lora_lib.scaled(lora_lib.pad(params), lora_lib.scale(lora.rank))
+            return lora_lib.scaled(lora_lib.pad(params), lora_lib.scale(lora.rank))
+
+        def keep(adapter: lora_lib.Adapter) -> None:
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
+
+        def run() -> Detour | None:
+            if path is not None:
+                return Detour(partial(read, path), keep)
+            self._samplers[sampler_id] = _SamplerWeights("base", None)
+            return None
 
         return self._worker.submit(sampler_id, run)
 

@@ -1,4 +1,4 @@
-"""The engine's thread: requests of a client in order, other clients unhindered, sampling in the gaps.
+"""The engine's thread: requests of a client in order, other clients unhindered, training and sampling in turns.
 
 A second thread waits for the device, so that the first packs and dispatches the next training step meanwhile.
 """
@@ -6,18 +6,20 @@ A second thread waits for the device, so that the first packs and dispatches the
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from tinker_jax.training.pending import Pending
+from tinker_jax.training.pending import Pending, Retracted
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 
 logger = logging.getLogger("tinker_jax")
@@ -29,23 +31,27 @@ _GATHER_MOST_SECONDS = 0.05
 
 MOST_UNREAD = 4
 """Training steps dispatched and not yet read: two rounds of forward_backward and optim_step. Each holds on to the values
-before it, so that it can be undone."""
+before it, so that it can be undone. (What they may have on the device is counted in tokens, see `training.whole_model`.)"""
 
 
 @dataclass
 class Detour:
-    """Returned by a request that needs the caller's own code in between.
+    """Returned by a request that has work for another thread: files, or the caller's own code.
 
-    `outside` runs on a thread of its own while the request's lane waits and other lanes go on; then `inside` runs on the
-    worker with its result, and its result is the request's.
+    Attributes:
+        outside: runs on a thread of its own while the request's lane waits and other lanes go on.
+        inside: runs on the worker with its result, and returns what a request may return; None: that is the request's result.
+        callers: `outside` is the caller's code. Its errors reach the caller unchanged, and `close` does not wait for it.
     """
 
     outside: Callable[[], Any]
-    inside: Callable[[Any], Any]
+    inside: Callable[[Any], Any] | None = None
+    callers: bool = False
 
 
 @dataclass(eq=False)
 class _Request:
+    number: int  # its place in the order of submission
     lane: Hashable
     run: Callable[[], Any]
     future: Future[Any]
@@ -54,8 +60,10 @@ class _Request:
     overlaps: bool = False  # may start while its lane has requests unread
     started: bool = False  # its future runs: the rest of a detour, or a second attempt
     alone: bool = False  # a second attempt: starts when nothing is unread, and is read at once
+    work: Generator[None, None, Any] | None = None  # the rest of a request that has had its first turn
     pending: Pending[Any] | None = None
-    outside: threading.Thread | None = None  # runs the caller's code
+    detour: Detour | None = None
+    outside: threading.Thread | None = None  # runs the detour
 
 
 def _typed(error: BaseException, what: str) -> BaseException:
@@ -110,6 +118,9 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
 class Worker:
     """Runs requests on one daemon thread, and reads the results of training steps on another.
 
+    A request may be a generator: it yields where it can wait, and goes on in turn with other requests under way and with the
+    background. While both have work, the background and the requests under way get the device for equal times.
+
     Args:
         name: of the thread.
         start: runs first, on the thread; when it raises, every request fails with that error and the thread ends.
@@ -118,6 +129,7 @@ class Worker:
         stop: runs last, on the thread, unless `start` failed; sees to the requests that were handed over.
         recover: gets the error of a request, and whether it was a second attempt; runs on the thread. Returns None when the
             request, which must have changed nothing, shall run again, else the error to report.
+        clock: seconds, by which turns are equal.
     """
 
     def __init__(
@@ -128,18 +140,23 @@ class Worker:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         stop: Callable[[], None] = lambda: None,
         recover: Callable[[BaseException, bool], BaseException | None] = lambda error, again: error,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pid = os.getpid()
         self._wake = threading.Condition()
-        self._queue: collections.deque[_Request] = collections.deque()
-        self._held: dict[Hashable, _Request] = {}  # lanes that wait for their caller's code
+        self._numbers = itertools.count()
+        self._inbox: collections.deque[_Request] = collections.deque()  # not yet in their lanes
+        self._lanes: dict[Hashable, collections.deque[_Request]] = {}  # what waits, in order
+        self._held: dict[Hashable, _Request] = {}  # lanes that wait for a detour
+        self._under_way: collections.deque[_Request] = collections.deque()  # generators, the next one first
         self._unread: collections.deque[_Request] = collections.deque()  # dispatched, in order
         self._unreadable: BaseException | None = None  # why the first of these failed; the reader waits until it is seen to
         self._busy = False
+        self._lead = 0.0  # seconds that the background has had more than the requests under way
         self._closing = False
         self._ended = False
         self._start, self._background, self._context, self._stop = start, background, context, stop
-        self._recover = recover
+        self._recover, self._clock = recover, clock
         self._failure: BaseException | None = None
         self._reader = threading.Thread(target=self._read_on, name=f"{name} reader", daemon=True)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -155,7 +172,7 @@ class Worker:
 
         Args:
             lane: whose order it keeps.
-            run: returns the result, a `Detour`, or, with `overlaps`, a `Pending`.
+            run: returns the result, a `Detour`, a `Pending` of one of these, or a generator that does.
             before: another lane, whose requests from now on wait until this one is done.
             overlaps: start while earlier requests of the lane are still unread. Every other request waits until they are
                 read, so that it never sees the values of a step that failed.
@@ -163,12 +180,19 @@ class Worker:
         Returns:
             A future that `run`'s result, or its error, resolves. Cancelling it before it runs removes the request.
         """
-        return self._enqueue(_Request(lane, run, Future(), before=before, overlaps=overlaps))
+        return self._enqueue(_Request(next(self._numbers), lane, run, Future(), before=before, overlaps=overlaps))
 
     def hand_over(self, lane: Hashable, run: Callable[[Future[Any]], None]) -> Future[Any]:
         """Queues a request that the background work resolves: `run` gets the future and must see to it."""
         future: Future[Any] = Future()
-        return self._enqueue(_Request(lane, lambda: run(future), future, handed_over=True))
+        return self._enqueue(_Request(next(self._numbers), lane, lambda: run(future), future, handed_over=True))
+
+    def others_wait(self) -> bool:
+        """Is there anything else to do than to go on with the request under way? That may ask from any thread."""
+        if self._busy or len(self._under_way) > 1 or self._unreadable or self._closing:
+            return True
+        with self._wake:
+            return self._next() is not None
 
     def _enqueue(self, request: _Request) -> Future[Any]:
         if os.getpid() != self._pid:
@@ -180,7 +204,7 @@ class Worker:
             if self._failure is None:
                 if self._closing:
                     raise RuntimeError("the engine is closed.")
-                self._queue.append(request)
+                self._inbox.append(request)
                 self._wake.notify_all()
                 return request.future
         request.future.set_exception(self._failure)
@@ -189,26 +213,35 @@ class Worker:
     def close(self, timeout: float | None = 30.0) -> None:
         """Finishes what is running, cancels the queued requests and ends the threads. Idempotent.
 
-        A request whose caller's code is still running fails at once: nobody would be there to take the result. Each thread is
-        waited for, `timeout` seconds: one that runs a program or frees arrays when the interpreter ends takes the process down.
+        A request under way ends with an error at its next pause, one whose caller's code is still running at once: nobody
+        would be there to take the result. Each thread is waited for, `timeout` seconds: one that runs a program or frees
+        arrays when the interpreter ends takes the process down.
         """
         if os.getpid() != self._pid:
             return  # a forked child has no thread to end, and its copy of the lock may be held for ever
         with self._wake:
             self._closing = True
-            queued, self._queue = list(self._queue), collections.deque()
+            queued = self._take_queue()
             held = list(self._held.values())
             self._wake.notify_all()
         for request in queued:
             _close(request)
         for request in held:
-            _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
+            if request.detour is None or request.detour.callers:
+                _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
         current = threading.current_thread()
         if current not in (self._thread, self._reader):
             self._thread.join(timeout)
             for request in held:
                 if request.outside is not None and request.outside is not current:
                     request.outside.join(timeout)
+
+    def _take_queue(self) -> list[_Request]:
+        """Everything that waits, in order; it is in no queue afterwards."""
+        waiting = [request for lane, queue in self._lanes.items() for request in queue if request.lane == lane]
+        waiting += self._inbox
+        self._lanes, self._inbox = {}, collections.deque()
+        return sorted(waiting, key=lambda request: request.number)
 
     def _main(self) -> None:
         with self._context():
@@ -224,7 +257,7 @@ class Worker:
     def _fail(self, failure: BaseException) -> None:
         with self._wake:
             self._failure = failure
-            pending, self._queue = list(self._queue), collections.deque()
+            pending = self._take_queue()
         for request in pending:
             if request.future.set_running_or_notify_cancel():
                 _resolve(request.future.set_exception, failure)
@@ -233,14 +266,16 @@ class Worker:
         gather_until = 0.0
         while True:
             with self._wake:
-                while (request := self._pop()) is None and not (self._busy or self._closing or self._unreadable):
+                while (request := self._pop()) is None and not (
+                    self._busy or self._under_way or self._closing or self._unreadable
+                ):
                     self._wake.wait()
                 if request is None and not (self._closing or self._unreadable) and time.monotonic() < gather_until:
                     if not self._wake.wait(_GATHER_SECONDS):
                         gather_until = 0.0
                     continue
                 if self._closing:
-                    return
+                    break
             if request is None and self._unreadable:  # a request that was taken out of the queue runs first
                 self._take_back()
                 continue
@@ -251,33 +286,76 @@ class Worker:
                         gather_until = time.monotonic() + _GATHER_MOST_SECONDS
                     self._busy = True
                     continue
-            if self._busy:
-                try:
-                    self._busy = self._background()
-                except BaseException:
-                    logger.exception("background work failed")
-                    self._busy = False
+            self._turn()
+        for request in self._under_way:
+            self._interrupt(request)
+            _close(request)
+        self._under_way.clear()
+
+    def _turn(self) -> None:
+        """One turn of the background or of a request under way: while both have work, of the one that had less time."""
+        both, start = self._busy and bool(self._under_way), self._clock()
+        background = self._busy and (not self._under_way or self._lead <= 0)
+        if background:
+            try:
+                self._busy = self._background()
+            except BaseException:
+                logger.exception("background work failed")
+                self._busy = False
+        elif self._under_way:
+            self._under_way.rotate(-1)
+            self._advance(self._under_way[-1])
+        took = self._clock() - start
+        self._lead = (self._lead + took if background else self._lead - took) if both else 0.0
+
+    # ---- the queue; with the lock ----
+
+    def _next(self) -> _Request | None:
+        """The oldest request that may start now. Looks at the first of each lane alone."""
+        while self._inbox:  # a client's finalizer, which the garbage collector may run here, appends to it and to no lane
+            request = self._inbox.popleft()
+            self._lanes.setdefault(request.lane, collections.deque()).append(request)
+            if request.before is not None:
+                self._lanes.setdefault(request.before, collections.deque()).append(request)
+        blocked = {request.lane for request in self._under_way} | set(self._held)
+        first: list[_Request] = []
+        for lane, queue in list(self._lanes.items()):
+            while queue and queue[0].lane != lane and queue[0].future.done():
+                queue.popleft()  # of another lane, whose end was to be waited for
+            if not queue:
+                del self._lanes[lane]
+            elif queue[0].lane == lane and lane not in blocked:
+                first.append(queue[0])
+        again = [request for request in first if request.alone]
+        if again:  # before all others, or they would never let it start
+            return None if self._unread or self._under_way else min(again, key=lambda request: request.number)
+        return min(filter(self._may_start, first), key=lambda request: request.number, default=None)
 
     def _pop(self) -> _Request | None:
-        """The oldest request that may run now; None while a failed read is to be seen to."""
-        if self._unreadable:
-            return None
-        waiting = set(self._held)
-        # By index: the garbage collector may run a client's finalizer here, which appends to the queue.
-        for i in range(len(self._queue)):
-            request = self._queue[i]
-            if request.alone and self._unread:
-                return None  # or the others would never let it start
-            if request.lane not in waiting and self._may_start(request):
-                del self._queue[i]
-                return request
-            waiting |= {request.lane, request.before}
-        return None
+        """Takes the oldest request that may start now; None while a failed read is to be seen to."""
+        request = None if self._unreadable else self._next()
+        if request is not None:
+            self._lanes[request.lane].popleft()
+        return request
 
     def _may_start(self, request: _Request) -> bool:
+        unread = [other for other in self._unread if other.lane == request.lane]
         if request.overlaps:
-            return len(self._unread) < MOST_UNREAD
-        return all(unread.lane != request.lane for unread in self._unread)
+            return len(self._unread) < MOST_UNREAD and all(other.overlaps for other in unread)
+        return not unread
+
+    def _put_back(self, requests: list[_Request]) -> None:
+        """Queues requests of one lane that have started before everything else of the lane."""
+        with self._wake:
+            closing = self._closing
+            if not closing and requests:
+                self._lanes.setdefault(requests[0].lane, collections.deque()).extendleft(reversed(requests))
+                self._wake.notify_all()
+        if closing:
+            for request in requests:
+                _close(request)
+
+    # ---- running ----
 
     def _run(self, request: _Request) -> None:
         # What is handed over stays pending, so that it can be cancelled until its last token.
@@ -286,6 +364,40 @@ class Worker:
             return
         request.started = not request.handed_over
         result, error = _attempt(request.run)
+        if not isinstance(result, Generator):
+            self._took(request, result, error)
+            return
+        request.work = result
+        self._under_way.append(request)
+        while request.alone and request.work:
+            self._advance(request)
+
+    def _advance(self, request: _Request) -> None:
+        """Goes on with a request under way until its next pause or its end."""
+        assert request.work is not None
+        work = request.work
+
+        def go_on() -> tuple[bool, Any]:
+            try:
+                return False, next(work)
+            except StopIteration as end:
+                return True, end.value
+
+        turn, error = _attempt(go_on)
+        ended, result = turn or (True, None)
+        if ended:
+            self._interrupt(request)
+            self._under_way.remove(request)
+            self._took(request, result, error)
+
+    def _interrupt(self, request: _Request) -> None:
+        """Ends a request under way, or one that has come to its end. Its lane has changed nothing."""
+        if request.work is not None:
+            request.work.close()
+            request.work = None
+
+    def _took(self, request: _Request, result: Any, error: BaseException | None) -> None:
+        """Sees to what a request returned or raised."""
         if request.alone and isinstance(result, Pending):
             result, error = _attempt(result.finish)
         if error is not None:
@@ -303,23 +415,12 @@ class Worker:
     def _failed(self, request: _Request, error: BaseException) -> None:
         with self._wake:
             unsure = any(unread.lane == request.lane for unread in self._unread)  # it may be for these that it failed
-        failure = self._recover(error, request.alone)
+        failure = error.error if isinstance(error, Retracted) else self._recover(error, request.alone)
         if failure is None or unsure:
             request.alone = True
             self._put_back([request])
         else:
             _resolve(request.future.set_exception, _typed(failure, "the request"))
-
-    def _put_back(self, requests: list[_Request]) -> None:
-        """Queues requests that have started before everything else."""
-        with self._wake:
-            closing = self._closing
-            if not closing:
-                self._queue.extendleft(reversed(requests))
-                self._wake.notify_all()
-        if closing:
-            for request in requests:
-                _close(request)
 
     # ---- reading ----
 
@@ -340,8 +441,11 @@ class Worker:
                 self._unreadable = error
                 self._wake.notify_all()
             return True
-        outcome = (request.future.set_result, result) if error is None else (request.future.set_exception, error)
-        _resolve(*outcome)  # first: a later request of the lane must not end before it
+        # First: a later request of the lane must not end before it.
+        if isinstance(result, Detour):
+            self._detour(request, result)
+        else:
+            _resolve(*((request.future.set_result, result) if error is None else (request.future.set_exception, error)))
         with self._wake:
             self._unread.popleft()
             self._wake.notify_all()
@@ -352,12 +456,16 @@ class Worker:
         with self._wake:
             error, self._unreadable = self._unreadable, None
             failed = self._unread[0]
-            undone = [request for request in self._unread if request.lane == failed.lane]
-            self._unread = collections.deque(request for request in self._unread if request.lane != failed.lane)
+            undone = [request for request in (*self._unread, *self._under_way) if request.lane == failed.lane]
+            for left in (self._unread, self._under_way):
+                kept = [request for request in left if request.lane != failed.lane]
+                left.clear()
+                left.extend(kept)
             self._wake.notify_all()
         assert failed.pending is not None and error is not None
         failed.pending.undo()
         for request in undone:
+            self._interrupt(request)
             request.pending, request.alone = None, request is not failed
         self._put_back(undone[1:])
         self._failed(failed, error)
@@ -376,14 +484,24 @@ class Worker:
     # ---- detours ----
 
     def _detour(self, request: _Request, detour: Detour) -> None:
-        def outside() -> None:
+        def attempt() -> tuple[Any, BaseException | None]:
+            if not detour.callers:
+                value, error = _attempt(detour.outside)
+                return value, None if error is None else _typed(error, "the request")
             try:
-                value = detour.outside()
-            except BaseException as error:  # the caller's own error reaches the caller unchanged
+                return detour.outside(), None
+            except BaseException as error:
+                return None, error
+
+        def outside() -> None:
+            value, error = attempt()
+            rest = []
+            if error is not None:
                 _resolve(request.future.set_exception, error)
-                rest = []
+            elif detour.inside is None:
+                _resolve(request.future.set_result, value)
             else:
-                rest = [_Request(request.lane, lambda: detour.inside(value), request.future, started=True)]
+                rest = [_Request(request.number, request.lane, partial(detour.inside, value), request.future, started=True)]
             self._put_back(rest)
             with self._wake:
                 del self._held[request.lane]
@@ -391,9 +509,13 @@ class Worker:
 
         with self._wake:
             closing = self._closing
+            request.detour = detour
             self._held[request.lane] = request
-        if closing:
+        if closing and detour.callers:
             _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
-            return
-        request.outside = threading.Thread(target=outside, name="tinker_jax-custom-loss", daemon=True)
-        request.outside.start()
+        elif closing:
+            outside()
+        else:
+            name = "tinker_jax-custom-loss" if detour.callers else "tinker_jax-storage"
+            request.outside = threading.Thread(target=outside, name=name, daemon=True)
+            request.outside.start()

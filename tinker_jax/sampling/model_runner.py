@@ -9,6 +9,7 @@ import collections
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,11 +67,12 @@ class ModelRunner:
         self._width = pages_for(cfg.context_length)
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
         self._by_layer = sharding.on_default_cpu(mesh)
-        self._model = (
-            LayerByLayer(cfg, params, self._paged, STEPS)
+        self._new_model = (
+            partial(LayerByLayer, cfg, params, self._paged, STEPS)
             if self._by_layer
-            else WholeModel(cfg, params, self._paged, STEPS, unstack)
+            else partial(WholeModel, cfg, params, self._paged, STEPS, unstack)
         )
+        self._model = self._new_model()
         self._pool: Pages | None = None
         self._missed: collections.Counter[Hashable] = collections.Counter()
         self._seconds: dict[str, float] = {}  # that the last call of a size took
@@ -93,6 +95,11 @@ class ModelRunner:
     def release(self) -> None:
         """Gives the memory back."""
         self._pool = None
+
+    def resize(self, pages: int) -> None:
+        """So many pages from now on. What they held is gone, and programs are compiled for the new shape."""
+        self.release()
+        self._pages_each, self._model = pages, self._new_model()
 
     def forget_adapter(self) -> None:
         """Keeps no adapter alive, until one is used again."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -21,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinker_jax import sharding
+from tinker_jax import memory, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
-from tinker_jax.memory import token_bytes
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
 from tinker_jax.sampling.model_runner import Chunk, ModelRunner
@@ -34,9 +34,11 @@ from tinker_jax.sampling.scheduler import Scheduler
 from tinker_jax.sampling.scoring import PromptScores, Scorer, needs, width
 from tinker_jax.sampling.sequence import Sequence, SequenceGroup
 from tinker_jax.sampling.stops import first_stop
-from tinker_jax.types.errors import BadRequestError, InternalServerError
+from tinker_jax.types.errors import BadRequestError, InternalServerError, UnprocessableEntityError
 from tinker_jax.types.model_input import ModelInput
 from tinker_jax.types.sampling import SampleRequest, SampleResponse, SamplingParams
+
+logger = logging.getLogger("tinker_jax")
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows a decode program is compiled for. Fewer counts on accelerators, which wait for the weights whatever the rows."""
@@ -96,8 +98,7 @@ class Sampler:
             T: sorted({-(-n // parts) for n in counts}) for T, counts in chunks.items() if T < max(cfg.context_length, 65)
         }
         dtype = jnp.dtype(dtype)
-        self._page_bytes = PAGE * token_bytes(cfg, dtype.itemsize, sharding.parts(mesh, "kv_heads"))
-        self._kv_bytes = kv_bytes
+        self._page_bytes = PAGE * memory.token_bytes(cfg, dtype.itemsize, sharding.parts(mesh, "kv_heads"))
         most = self._rows[-1] * pages_for(cfg.context_length)
         self._pages = max(0, min(kv_bytes // self._page_bytes - 1, most))
         self._scheduler = Scheduler(self._pages, parts, self._rows[-1], cfg.context_length, deterministic)
@@ -134,11 +135,7 @@ class Sampler:
         """
         checked = parse(request, self._cfg, self._stop_ids)
         if pages_for(checked.need) > self._pages:
-            raise BadRequestError(
-                f"A prompt of {len(checked.prompt)} tokens with max_tokens={checked.max_tokens} needs "
-                f"{(pages_for(checked.need) + 1) * self._page_bytes:,} bytes of key/value cache, but the engine has "
-                f"{self._kv_bytes:,}; lower max_tokens, shorten the prompt or raise its memory."
-            )
+            raise BadRequestError(self._too_large(checked))
         return checked
 
     def submit(
@@ -195,20 +192,25 @@ class Sampler:
             trees += self._scheduler.slots.warm_up(adapter, adapters)
         two, params = ModelInput.from_ints([0, 0]), SamplingParams(max_tokens=1)
         probe = self.parse(SampleRequest(prompt=two, sampling_params=params, prompt_logprobs=True))
-        for tree in trees:
-            for rows, filters in itertools.product(self._rows, (False, True)):
-                self._runner.decode(tree, Rows.empty(rows * parts, context), DrawOptions(filters=filters))
-            for T, count in ((T, count) for T, counts in self._chunks.items() for count in counts):
-                nothing = Chunk(np.zeros(0, np.int32), 0, np.zeros(context, np.int32), (0, 0))
-                h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T)
-                self._scorer.score([(probe, 0)] + [None] * (count * parts - 1), adapter if tree else None, h_RTD)
-        self._runner.copy([(0, 0, 0)])
+        try:
+            for tree in trees:
+                for rows, filters in itertools.product(self._rows, (False, True)):
+                    self._runner.decode(tree, Rows.empty(rows * parts, context), DrawOptions(filters=filters))
+                for T, count in ((T, count) for T, counts in self._chunks.items() for count in counts):
+                    nothing = Chunk(np.zeros(0, np.int32), 0, np.zeros(context, np.int32), (0, 0))
+                    h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T)
+                    self._scorer.score([(probe, 0)] + [None] * (count * parts - 1), adapter if tree else None, h_RTD)
+            self._runner.copy([(0, 0, 0)])
+        except Exception as error:
+            self._lose_cache(error, ())
+            raise
         return self.programs
 
     def step(self) -> bool:
         """Admits what waits, prefills, draws one chunk, resolves what is finished.
 
-        A failure on the device fails the requests it served and no other.
+        A failure on the device fails the requests it served and no other; for want of memory none fails that can still be
+        served with fewer rows at once or a smaller cache.
 
         Returns:
             Whether work is left.
@@ -248,7 +250,8 @@ class Sampler:
             if copies:
                 self._runner.copy(copies)
         except Exception as error:
-            self._lose_cache(error, {sequence.group for sequence in self._scheduler.running})
+            running = {sequence.group for sequence in self._scheduler.running}
+            self._lose_cache(error, running or list(self._waiting)[:1])
         self._waiting = collections.deque(group for group in self._waiting if group.pending)
 
     def _admit_with(self, copies: list[tuple[int, int, int]]) -> None:
@@ -274,6 +277,8 @@ class Sampler:
         try:
             group.sound = self._scheduler.slots.finite(group.adapter)
         except Exception as failure:
+            if memory.is_out_of_memory(failure):
+                raise
             error = failure
         if not group.sound:
             self._fail([group], error)
@@ -282,17 +287,21 @@ class Sampler:
     # -- prefill -----------------------------------------------------------------------------------------------------
 
     def _prefill(self, unready: list[Sequence]) -> None:
-        """One call: the next tokens of the oldest prompts."""
-        oldest = unready[0]
-        shortest = min(self._chunks)
-        T = max((T for T in self._chunks if T < oldest.length - oldest.computed), default=shortest)
+        """One call: a chunk of each prompt in turn, then further ones of these as far as there are rows.
+
+        The prompt that has waited longest since its last chunk decides how long chunks are. So of w prompts each has one in
+        any w calls, however long the others are.
+        """
+        unready = sorted(unready, key=lambda sequence: sequence.turn)
+        first, shortest = unready[0], min(self._chunks)
+        T = max((T for T in self._chunks if T < first.length - first.computed), default=shortest)
 
         def chunks(sequence: Sequence) -> range:
             """Where chunks begin: whole ones alone, unless they are the shortest there are."""
             return range(sequence.computed, sequence.length - (1 if T == shortest else T), T)
 
         planned = [
-            [(sequence, start) for sequence in sequences for start in chunks(sequence)][: self._chunks[T][-1]]
+            _in_turn([[(sequence, start) for start in chunks(sequence)] for sequence in sequences], self._chunks[T][-1])
             for sequences in self._scheduler.by_part(unready)
         ]
         placed: list[tuple[Sequence, int] | None] = [row for rows in planned for row in rows]
@@ -311,6 +320,7 @@ class Sampler:
             return
         for sequence, start in filter(None, placed):
             sequence.computed = min(start + T, sequence.length - 1)
+            sequence.turn = self._scheduler.next_turn()
             self._scheduler.remember(sequence)
 
     def _chunk_of(self, sequence: Sequence, start: int, T: int) -> Chunk:
@@ -420,16 +430,63 @@ class Sampler:
             group.fail(error)
 
     def _lose_cache(self, error: Exception, groups: Iterable[SequenceGroup]) -> None:
-        """Fails these requests; all others go on where they were, on a new cache.
+        """Fails these requests, unless the device had too little memory and can do with less; all others go on where they
+        were, on a new cache.
 
         Programs get the pools donated, so after a failure of one nothing in them can be trusted.
         """
-        self._fail(groups, error)
-        self._scheduler.forget()
-        self._runner.release()
+        pages = self._pages
+        if not (memory.is_out_of_memory(error) and self._make_room()):
+            self._fail(groups, error)
+        self._scheduler.forget(self._pages)
+        if pages == self._pages:
+            self._runner.release()
+        else:
+            self._runner.resize(self._pages + 1)
+
+    def _make_room(self) -> bool:
+        """Half of the sizes of programs, or where there is one alone, half of the pages; what then never fits is refused.
+
+        Returns:
+            False: nothing is left to save.
+        """
+        rows, chunks = _half(self._rows), {T: _half(self._chunks[T]) for T in _half(sorted(self._chunks))}
+        if not self._deterministic and (rows, chunks) != (self._rows, self._chunks):
+            self._rows, self._chunks, self._scheduler.most_rows = rows, chunks, rows[-1]
+        elif self._pages > 1:
+            self._pages //= 2
+        else:
+            return False
+        logger.warning(
+            "out of memory while sampling: from now on at most %d rows and %d prompt tokens at once, cache %.3g GiB",
+            self._rows[-1] * self._parts,
+            max(T * counts[-1] for T, counts in self._chunks.items()) * self._parts,
+            (self._pages + 1) * self._page_bytes / 2**30,
+        )
+        for group in [group for group in self._groups() if pages_for(group.request.need) > self._pages]:
+            self._fail([group], UnprocessableEntityError(self._too_large(group.request)))
+        return True
+
+    def _too_large(self, request: Request) -> str:
+        return (
+            f"A prompt of {len(request.prompt)} tokens with max_tokens={request.max_tokens} needs "
+            f"{(pages_for(request.need) + 1) * self._page_bytes:,} bytes of key/value cache, but the engine has "
+            f"{(self._pages + 1) * self._page_bytes:,}; lower max_tokens, shorten the prompt or raise its memory."
+        )
 
 
 _NOT_FINITE = "the model gave logits that are not finite; check the weights and the adapter."
+
+
+def _in_turn(rows: list[list[Any]], most: int) -> list[Any]:
+    """The first of each, then the second of each, and so on."""
+    rounds = itertools.zip_longest(*(of_one[:most] for of_one in rows))
+    return [row for each in rounds for row in each if row is not None][:most]
+
+
+def _half(sizes: list[int]) -> list[int]:
+    """The smaller half of rising numbers, at least one."""
+    return sizes[: -(-len(sizes) // 2)]
 
 
 def _smallest(sizes: list[int], n: int) -> int:

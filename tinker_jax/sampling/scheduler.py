@@ -6,6 +6,7 @@ Pure bookkeeping on the host; no device is touched here.
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Hashable
 
 import numpy as np
@@ -33,22 +34,24 @@ class Scheduler:
         running: sequences that hold pages.
         preempted: sequences whose pages were taken, to be admitted again; oldest first.
         slots: adapters of the running sequences.
+        most_rows: as given; those that run already stay when it falls.
     """
 
     def __init__(self, pages: int, parts: int, most_rows: int, context: int, deterministic: bool) -> None:
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.slots = AdapterSlots()
-        self._pages, self._parts, self._most_rows = pages, parts, most_rows
+        self._pages, self._parts, self.most_rows = pages, parts, most_rows
         self._most_pages, self._deterministic = pages_for(context), deterministic
         self._pools = [PagePool(pages) for _ in range(parts)]
         self._admitted = 0  # sequences that were ever admitted
+        self._turns = itertools.count()
         self._changes: collections.Counter[Hashable] = collections.Counter()  # of the values that go by a name
 
     @property
     def room(self) -> int:
         """Rows that are free."""
-        return self._most_rows * self._parts - len(self.running)
+        return self.most_rows * self._parts - len(self.running)
 
     @property
     def held_pages(self) -> int:
@@ -59,11 +62,12 @@ class Scheduler:
         """Those of each part of the rows."""
         return [[s for s in sequences if s.part == part] for part in range(self._parts)]
 
-    def forget(self) -> None:
-        """Forgets every page; running sequences are preempted."""
+    def forget(self, pages: int) -> None:
+        """Forgets every page; running sequences are preempted. There are so many pages from now on."""
         for sequence in list(self.running):
             self.preempt(sequence)
-        self._pools = [PagePool(self._pages) for _ in self._pools]
+        self._pages = pages
+        self._pools = [PagePool(pages) for _ in self._pools]
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
         """New values under an old name: no page computed under the old ones will be shared again."""
@@ -92,7 +96,7 @@ class Scheduler:
         own = pages_for(group.request.need if self._deterministic else sequence.length) - len(shared)
         pool.hold(shared)
         # One page is left for each running row, which will need it soon.
-        if rows >= self._most_rows or pool.available < own + rows * (not self._deterministic):
+        if rows >= self.most_rows or pool.available < own + rows * (not self._deterministic):
             pool.release(shared)
             return None
         sequence.part, sequence.pages, sequence.computed = part, [*shared, *pool.take(own)], PAGE * len(shared)
@@ -104,11 +108,16 @@ class Scheduler:
             sequence.order, self._admitted = self._admitted, self._admitted + 1
             if not sequence.index:
                 group.hits = sequence.computed
+        sequence.turn = self.next_turn()
         self.slots.join(group.weights, group.adapter)
         self.running.append(sequence)
         if sequence in self.preempted:
             self.preempted.remove(sequence)
         return True
+
+    def next_turn(self) -> int:
+        """A place behind all others in the order of prefills."""
+        return next(self._turns)
 
     def _may_join(self, group: SequenceGroup) -> bool:
         """Can its rows be computed beside the running ones?"""
@@ -123,16 +132,14 @@ class Scheduler:
         Those with few rows come first, and among them the one that knows most.
         """
         rows = [self._rows_of(part) for part in range(self._parts)]
-        few = min(rows) + self._most_rows // 8
+        few = min(rows) + self.most_rows // 8
         found = [(part, *self._known(part, sequence)) for part in range(self._parts)]
         return sorted(found, key=lambda choice: (rows[choice[0]] > few, -len(choice[1]), rows[choice[0]]))
 
     def _known(self, part: int, sequence: Sequence) -> tuple[list[int], Hashable]:
         """Pages that hold the beginning of a sequence, and what stands for the last of them in a key."""
         group, pool = sequence.group, self._pools[part]
-        parent, pages, end = (group.weights, self._changes[group.weights]), [], sequence.length - 1
-        if not sequence.index:
-            end = min(end, group.scored) if group.scored < len(group.request.prompt) - 1 else end
+        parent, pages, end = (group.weights, self._changes[group.weights]), [], _shareable(sequence)
         while (len(pages) + 1) * PAGE <= end and (page := pool.find(_key(sequence, len(pages), parent))):
             pages.append(page)
             parent = pool.identity(page)
@@ -140,7 +147,7 @@ class Scheduler:
 
     def _coming(self, part: int, sequence: Sequence, known: int, parent: Hashable) -> bool:
         """Is the first page that a sequence lacks being computed for another?"""
-        if (known + 1) * PAGE > sequence.length - 1:
+        if (known + 1) * PAGE > _shareable(sequence):
             return False
         key = _key(sequence, known, parent)
         others = (s for s in self.running if not s.ready and s.part == part and s.known == known)
@@ -204,6 +211,13 @@ class Scheduler:
         self.remove(sequence)
         self.preempted.append(sequence)
         self.preempted.sort(key=lambda sequence: sequence.order)
+
+
+def _shareable(sequence: Sequence) -> int:
+    """Tokens at the front whose keys and values may come from another prefill: those whose hidden states nobody reads."""
+    group, end = sequence.group, sequence.length - 1
+    scores = not sequence.index and group.scored < len(group.request.prompt) - 1
+    return min(end, group.scored) if scores else end
 
 
 def _key(sequence: Sequence, page: int, parent: Hashable) -> tuple[Hashable, bytes]:

@@ -41,8 +41,7 @@ class Needs(NamedTuple):
 
 def needs(request: Request, V: int) -> Needs:
     """What the request asks about its prompt."""
-    columns = _columns(request).shape[1]
-    return Needs(width(columns), width(request.prompt_top, V), width(request.alternatives))
+    return Needs(width(_count(request)), width(request.prompt_top, V), width(request.alternatives))
 
 
 class PromptScores:
@@ -50,8 +49,7 @@ class PromptScores:
 
     def __init__(self, request: Request) -> None:
         self._request, n = request, len(request.prompt) - 1
-        K = _columns(request).shape[1]
-        self._logprobs = np.zeros((n, K), np.float32)
+        self._logprobs = np.zeros((n, _count(request)), np.float32)
         self._top = np.zeros((n, request.prompt_top), np.int32), np.zeros((n, request.prompt_top), np.float32)
         self._drawn = np.zeros((n, request.alternatives), np.int32), np.zeros((n, request.alternatives), np.float32)
 
@@ -111,7 +109,7 @@ class Scorer:
         if need.targets:
             ids = np.zeros((R, T, need.targets), np.int32)
             for r, request, start in given:
-                columns = _columns(request)[start : start + T]
+                columns = _columns(request, start, start + T)
                 ids[r, : columns.shape[0], : columns.shape[1]] = np.maximum(columns, 0)
             logprobs = self._targets(self._params, head, h_RTD, ids, shape=f"{shape} K={need.targets}")
         if need.top:
@@ -161,10 +159,15 @@ class Scorer:
         return ids.reshape(R, T, k), logprobs.reshape(R, T, k)
 
 
-def _columns(request: Request) -> np.ndarray:
-    """int [P - 1, 1 or 0 + K]: the prompt's own next tokens, if asked for, then the caller's targets."""
-    own = request.prompt[1:, None] if request.prompt_logprobs else np.empty((len(request.prompt) - 1, 0), np.int32)
-    return own if request.target_ids is None else np.concatenate([own, request.target_ids], axis=1)
+def _count(request: Request) -> int:
+    """Columns that are scored: the prompt's own next tokens, if asked for, then the caller's targets."""
+    return request.prompt_logprobs + (0 if request.target_ids is None else request.target_ids.shape[1])
+
+
+def _columns(request: Request, start: int, end: int) -> np.ndarray:
+    """int [n, `_count`]: the ids of these positions, of the P - 1 there are."""
+    own = request.prompt[1:][start:end, None][:, : request.prompt_logprobs]
+    return own if request.target_ids is None else np.concatenate([own, request.target_ids[start:end]], axis=1)
 
 
 def _fields(

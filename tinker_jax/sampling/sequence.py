@@ -32,6 +32,7 @@ class Sequence:
         known: pages at the front whose content the pool was told.
         parent: in a key, what stands for the last of these; the weights while there is none.
         order: number of the sequence, by the time it was first admitted.
+        turn: its place in the order of prefills.
     """
 
     group: SequenceGroup
@@ -44,6 +45,7 @@ class Sequence:
     known: int = 0
     parent: Hashable = None
     order: int = -1
+    turn: int = 0
 
     @property
     def length(self) -> int:

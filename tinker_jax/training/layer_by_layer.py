@@ -8,8 +8,9 @@ where memory allows: what only one core can do in one of them is hidden behind t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -63,53 +64,68 @@ class LayerByLayer:
         self._layers, self._ends = [], {}
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
 
-    def run(self, call: Call) -> tuple[list[Output], lora_lib.Adapter | None]:
+    def run(
+        self, call: Call, others_wait: Callable[[], bool]
+    ) -> Generator[None, None, tuple[list[Output], lora_lib.Adapter | None]]:
         """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients).
 
-        Returns when the last ones are dispatched; waits for those before them.
+        Pauses between micro-batches, with the device at rest, while `others_wait`, which any thread may ask, says so. Returns
+        when the last ones are dispatched; waits for those before them.
         """
         # Without a device of its own, as everything that the programs get: they would be compiled again for another placing.
         adapter = jax.device_put(jax.tree.map(host_view, call.adapter))
         outputs: list[Any] = [None] * len(call.batches)
+        sizes = [batch.tokens.size for batch in call.batches]
+        alone, *together = (_Sum(numbers) for numbers in _share(sizes, call.at_once))
+        sums = [one for one in (alone, *together) if one.left]
+        if call.backward and len(sums) > 1:
+            self._add.prepare(call.adapter, call.adapter, shape=call.adapter_shape)
         now = precision()
 
-        def compute(numbers: Sequence[int]) -> lora_lib.Adapter | None:
+        def go_on(one: _Sum) -> None:
             with jax.default_matmul_precision(now):
-                return self._one_after_the_other(call, adapter, numbers, outputs)
+                self._go_on(call, adapter, one, outputs, others_wait)
 
-        alone, *together = _share([batch.tokens.size for batch in call.batches], call.at_once)
-        if call.backward and bool(alone) + len(together) > 1:
-            self._add.prepare(call.adapter, call.adapter, shape=call.adapter_shape)
-        totals = [compute(alone)] if alone else []
-        if together:
-            jax.block_until_ready((outputs, totals))
-            futures = [self._threads.submit(compute, numbers) for numbers in together[1:]]
-            try:
-                totals.append(compute(together[0]))
-            finally:
-                wait(futures)
-            totals += [future.result() for future in futures]
+        for side_by_side in ([alone], together):
+            while any(one.left for one in side_by_side):
+                first, *others = side_by_side
+                futures = [self._threads.submit(go_on, one) for one in others]
+                try:
+                    go_on(first)
+                finally:
+                    wait(futures)
+                for future in futures:
+                    future.result()
+                left = any(one.left for one in sums)
+                if left or others_wait():
+                    jax.block_until_ready((outputs, [one.total for one in sums]))
+                if left:
+                    yield
         if not call.backward:
             return outputs, None
         places = jax.tree.map(lambda x: x.sharding, call.adapter)
-        grads, *more = (jax.device_put(total, places) for total in totals)
+        grads, *more = (jax.device_put(one.total, places) for one in sums)
         for total in more:
             grads = self._add(grads, total, shape=call.adapter_shape)
         return outputs, grads
 
-    def _one_after_the_other(
-        self, call: Call, adapter: lora_lib.Adapter, numbers: Sequence[int], outputs: list[Any]
-    ) -> lora_lib.Adapter | None:
-        """Each micro-batch begins when the one before it is done, and what that kept is gone."""
-        total = None
-        if call.backward:
+    def _go_on(
+        self, call: Call, adapter: lora_lib.Adapter, one: _Sum, outputs: list[Any], others_wait: Callable[[], bool]
+    ) -> None:
+        """Micro-batches until others wait, at least as many tokens as the largest has. Each begins when the one before it is
+        done, and what that kept is gone."""
+        turn, tokens = max(batch.tokens.size for batch in call.batches), 0
+        if call.backward and one.total is None and one.left:
             zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter)
-            total = jax.device_put(zeros, may_alias=False)  # it will be written to
-        for before, number in zip([None, *numbers], numbers, strict=False):
-            if before is not None:
-                jax.block_until_ready((outputs[before], total))
-            outputs[number], total = self._micro_batch(call, adapter, call.batches[number], total)
-        return total
+            one.total = jax.device_put(zeros, may_alias=False)  # it will be written to
+        while one.left:
+            batch = call.batches[one.left[0]]
+            tokens += batch.tokens.size
+            if tokens > turn and others_wait():
+                return
+            jax.block_until_ready((one.last, one.total))
+            one.last, one.total = self._micro_batch(call, adapter, batch, one.total)
+            outputs[one.left.pop(0)] = one.last
 
     def _micro_batch(
         self, call: Call, adapter: lora_lib.Adapter, batch: MicroBatch, total: lora_lib.Adapter | None
@@ -205,6 +221,21 @@ class LayerByLayer:
             return None, None, logprobs, raw
         (g_MD, grads), (logprobs, raw) = jax.grad(loss, argnums=(0, 1), has_aux=True)(h_MD, head)
         return g_MD, jax.tree.map(jnp.add, total_head, grads), logprobs, raw
+
+
+@dataclass
+class _Sum:
+    """Micro-batches that run one after the other.
+
+    Attributes:
+        left: numbers of those that have not begun.
+        total: sum of the gradients of the others.
+        last: output of the one that began last.
+    """
+
+    left: list[int]
+    total: lora_lib.Adapter | None = None
+    last: Output | None = None
 
 
 def _share(sizes: Sequence[int], at_once: int) -> list[list[int]]:

@@ -7,8 +7,10 @@ chosen anew for every micro-batch, so that the last one is not mostly padding.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,22 +63,30 @@ def bucket(n: int) -> int:
     return size
 
 
-def first_fit_decreasing(lengths: Sequence[int], capacity: int, rows: int, most: int) -> list[list[int]]:
-    """Indices of `lengths` that go into `rows` rows: longest first, each into the first row with room, if there is one.
+def by_length(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """What `first_fit_decreasing` takes from: (length, −index), rising. Of equal lengths the first is the largest."""
+    return sorted((length, -i) for i, length in enumerate(lengths))
+
+
+def first_fit_decreasing(waiting: list[tuple[int, int]], capacity: int, rows: int, most: int) -> list[list[int]]:
+    """Indices that go into `rows` rows: longest first, each into the first row with room, if there is one.
+
+    A row's contents do not depend on the rows after it, so rows are filled one by one, each with the longest that fits until
+    none does; the search is by bisection.
 
     Args:
-        lengths: of the sequences. Equal lengths keep their order, so packing is reproducible.
+        waiting: from `by_length`; what is placed is taken out.
         capacity: tokens a row may hold.
         rows: number of rows.
         most: sequences a row may hold.
     """
     out: list[list[int]] = [[] for _ in range(rows)]
-    room = [capacity] * rows
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((r for r in range(rows) if room[r] >= lengths[i] and len(out[r]) < most), None)
-        if at is not None:
-            out[at].append(i)
-            room[at] -= lengths[i]
+    for row in out:
+        room = capacity
+        while len(row) < most and (at := bisect.bisect_right(waiting, (room, 0))):
+            length, number = waiting.pop(at - 1)
+            row.append(-number)
+            room -= length
     return out
 
 
@@ -101,28 +111,57 @@ def pack(
     Returns:
         Micro-batches whose `places` cover every sequence exactly once.
     """
-    todo = list(range(len(tokens)))
-    most_sequences = most_sequences or len(todo)
+    waiting = by_length([len(sequence) for sequence in tokens])
+    left = sum(length for length, _ in waiting)
+    wide = {
+        key: (_power_of_two(max(x[key].shape[1] for x in inputs)),) if first.ndim == 2 else ()
+        for key, first in inputs[0].items()
+    }
     batches = []
-    while todo:
-        lengths = [len(tokens[i]) for i in todo]
-        T = _row_length(lengths, token_budget, rows)
-        picked = [[todo[i] for i in row] for row in first_fit_decreasing(lengths, T, rows, most_sequences)]
+    while waiting:
+        T = _row_length(left, waiting[-1][0], token_budget, rows)
+        picked = first_fit_decreasing(waiting, T, rows, most_sequences or len(tokens))
+        filled = [sum(len(tokens[i]) for i in row) for row in picked]
+        left -= sum(filled)
         # Fewer sequences than the tokens would allow need less of a row.
-        T = min(T, bucket(max(sum(len(tokens[i]) for i in row) for row in picked)))
-        batches.append(_fill(tokens, inputs, picked, (rows, T)))
-        gone = {i for row in picked for i in row}
-        todo = [i for i in todo if i not in gone]
+        batches.append(_fill(tokens, inputs, wide, picked, (rows, min(T, bucket(max(filled))))))
     return batches
 
 
-def _row_length(lengths: Sequence[int], token_budget: int, rows: int) -> int:
+def pack_apart(tokens: Sequence[np.ndarray], inputs: Sequence[Mapping[str, np.ndarray]], *, rows: int = 1) -> list[MicroBatch]:
+    """Micro-batches in which the shapes that a sequence is computed in depend on the sequence alone.
+
+    Each has a row of its own, of its bucketed length; on `rows` devices it has others of the same shapes beside it, or none.
+
+    Args:
+        tokens: token ids of each sequence, [N_i].
+        inputs: per sequence any keys, arrays [N_i] or [N_i, K_i]; K_i is padded with zeros to a power of two.
+        rows: of every micro-batch.
+
+    Returns:
+        Micro-batches whose `places` cover every sequence exactly once; in order where there is one row.
+    """
+    open_groups: dict[Any, list[int]] = {}
+    groups: list[tuple[list[int], int, dict[str, tuple[int, ...]]]] = []
+    for i, sequence in enumerate(tokens):
+        wide = {key: (_power_of_two(x.shape[1]),) if x.ndim == 2 else () for key, x in inputs[i].items()}
+        kind = bucket(len(sequence)), tuple(sorted(wide.items()))
+        if len(open_groups.get(kind, [None] * rows)) == rows:
+            open_groups[kind] = []
+            groups.append((open_groups[kind], kind[0], wide))
+        open_groups[kind].append(i)
+    return [
+        _fill(tokens, inputs, wide, [[i] for i in group] + [[]] * (rows - len(group)), (rows, T)) for group, T, wide in groups
+    ]
+
+
+def _row_length(tokens: int, longest: int, token_budget: int, rows: int) -> int:
     """The longest row within the budget that would not be mostly padding, yet holds the longest sequence."""
-    share = -(-sum(lengths) // rows)
+    share = -(-tokens // rows)
     T = min(_power_of_two(share), _power_of_two(token_budget // rows + 1) // 2)
     if share < (1 - _MOST_PADDING) * T:
         T //= 2
-    return max(T, bucket(max(lengths)))
+    return max(T, bucket(longest))
 
 
 def _power_of_two(n: int) -> int:
@@ -130,14 +169,11 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fill(tokens, inputs, rows, shape: tuple[int, int]) -> MicroBatch:
+def _fill(tokens, inputs, wide: Mapping[str, tuple[int, ...]], rows, shape: tuple[int, int]) -> MicroBatch:
     out_tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
     sequences = np.full(shape, sum(len(row) for row in rows), np.int32)
-    packed: dict[str, np.ndarray] = {}
-    for key in inputs[0]:
-        first = inputs[0][key]
-        wide = (_power_of_two(max(x[key].shape[1] for x in inputs)),) if first.ndim == 2 else ()
-        packed[key] = np.zeros(shape + wide, first.dtype)
+    like = inputs[next(i for row in rows for i in row)]
+    packed = {key: np.zeros(shape + columns, like[key].dtype) for key, columns in wide.items()}
     places = []
     for r, row in enumerate(rows):
         at = 0
@@ -157,7 +193,7 @@ def _fill(tokens, inputs, rows, shape: tuple[int, int]) -> MicroBatch:
 
 
 def unpack(batches: Sequence[MicroBatch], values: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """Per-sequence slices of packed results, in the caller's order.
+    """Per-sequence copies of packed results, in the caller's order: a result that is kept keeps no neighbour's alive.
 
     Args:
         batches: what `pack` returned.
@@ -167,5 +203,5 @@ def unpack(batches: Sequence[MicroBatch], values: Sequence[np.ndarray], count: i
     out: list[np.ndarray] = [np.empty(0)] * count
     for batch, value in zip(batches, values, strict=True):
         for datum, row, at, n in batch.places:
-            out[datum] = value[row, at : at + n]
+            out[datum] = value[row, at : at + n].copy()
     return out

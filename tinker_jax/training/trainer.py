@@ -7,7 +7,7 @@ reads the `Pending` result. Nothing here knows clients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ from tinker_jax.models.weights import lora_targets
 from tinker_jax.programs import Program
 from tinker_jax.training.layer_by_layer import LayerByLayer
 from tinker_jax.training.objective import Call, adapter_shape
-from tinker_jax.training.packing import bucket, pack, unpack
-from tinker_jax.training.pending import Pending
+from tinker_jax.training.packing import bucket, pack, pack_apart, unpack
+from tinker_jax.training.pending import Pending, Retracted
 from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
 from tinker_jax.types.loss_specs import LOSS_SPECS
@@ -78,10 +78,21 @@ class Trainer:
         params: flat base weights, committed to `mesh`.
         mesh: devices.
         plan: micro-batch size and rematerialisation.
+        others_wait: does anyone else want the device? Asked between micro-batches, from any thread.
+        deterministic: a datum has the same log-probabilities and gradient bit for bit whatever else is in its call: none
+            shares a row with another, and gradients are added in order.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: jax.sharding.Mesh, plan: Plan) -> None:
-        self._mesh, self._plan = mesh, plan
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        params: Mapping[str, jax.Array],
+        mesh: jax.sharding.Mesh,
+        plan: Plan,
+        others_wait: Callable[[], bool] = lambda: False,
+        deterministic: bool = False,
+    ) -> None:
+        self._mesh, self._plan, self._others_wait, self._deterministic = mesh, plan, others_wait, deterministic
         self._targets = lora_targets(cfg)
         self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(1,))
@@ -134,8 +145,11 @@ class Trainer:
 
     def forward_backward(
         self, state: AdapterState, data: Sequence[Datum], loss_fn: str, config: Mapping[str, float] | None, *, backward: bool
-    ) -> Pending[tuple[list[np.ndarray], dict[str, float]]]:
-        """Log-probabilities and metrics of `data`; with `backward`, gradients join `state.grads`.
+    ) -> Generator[None, None, Pending[tuple[list[np.ndarray], dict[str, float]]]]:
+        """Log-probabilities and metrics of `data`; with `backward`, gradients join `state.grads` at the end.
+
+        A generator that pauses, with the device at rest, between two micro-batches while others wait. It can be closed there,
+        and nothing has changed.
 
         Args:
             state: the adapter.
@@ -148,27 +162,34 @@ class Trainer:
             Per datum float32 log-probabilities of its targets, [N] or [N, K], in order; and metrics `name:reduction`.
 
         Raises:
-            OutOfMemory: at the call or at the read.
+            OutOfMemory: on the way or at the read.
+            Retracted: at the read: the loss is not finite.
         """
+        what = "forward_backward" if backward else "forward"
         values = default_config(loss_fn, config)
         plan, undo = self._plan, state.undo()
         tokens = [model_tokens(datum) for datum in data]
-        batches = pack(
-            tokens,
-            loss_inputs(data, loss_fn, values),
-            token_budget=plan.token_budget,
-            rows=self._row_shards,
-            most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
-        )
+        if self._deterministic:
+            inputs = [loss_inputs([datum], loss_fn, values)[0] for datum in data]
+            batches = pack_apart(tokens, inputs, rows=self._row_shards)
+        else:
+            batches = pack(
+                tokens,
+                loss_inputs(data, loss_fn, values),
+                token_budget=plan.token_budget,
+                rows=self._row_shards,
+                most_sequences=MAX_SEGMENTS - 1 if self._mesh.devices.flat[0].platform == "gpu" else None,  # and the padding
+            )
         widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
         trained, rank = groups(state.lora), lora_lib.bucket(state.lora.rank)
-        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, trained, rank, plan.at_once)
+        at_once = 0 if self._deterministic else plan.at_once
+        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, trained, rank, at_once)
         if backward:  # its program will be there when it is asked for
             hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
             self._update.prepare(state.params, state.params, state.opt, hyper, shape=call.adapter_shape)
         several = len(batches) > 1
         with out_of_memory(plan, widest, least, several):
-            outputs, grads = self._model.run(call)
+            outputs, grads = yield from self._model.run(call, self._others_wait)
             if backward and state.grads is not None:
                 grads = self._add(state.grads, grads, shape=call.adapter_shape)
         if backward:
@@ -181,7 +202,10 @@ class Trainer:
             logprobs = unpack(batches, [lp for lp, _ in host], len(data))
             shapes = [datum.loss_fn_inputs["target_tokens"].to_numpy().shape for datum in data]
             logprobs = [_like(lp, shape) for lp, shape in zip(logprobs, shapes, strict=True)]
-            return logprobs, combine_metrics([raw for _, raw in host])
+            metrics = combine_metrics([raw for _, raw in host])
+            if reason := _not_finite(logprobs, metrics, call.adapter):
+                raise Retracted(UnprocessableEntityError(f"{what}: {reason}; nothing was changed."))
+            return logprobs, metrics
 
         return Pending(read, undo)
 
@@ -192,7 +216,8 @@ class Trainer:
 
         Raises:
             BadRequestError: there are no gradients.
-            UnprocessableEntityError: at the read: they are not finite; the step was not applied.
+            UnprocessableEntityError: at the read: they, or what they would have made of the adapter, are not finite; the step
+                was not applied.
             OutOfMemory: at the call or at the read.
         """
         if state.grads is None:
@@ -200,18 +225,24 @@ class Trainer:
         undo = state.undo()
         with out_of_memory(self._plan):
             shape = adapter_shape(lora_lib.bucket(state.lora.rank), groups(state.lora))
-            state.params, state.opt, metrics = self._update(
+            state.params, state.opt, metrics, applied = self._update(
                 state.params, state.grads, state.opt, hyperparameters(params), shape=shape
             )
         state.grads = None
 
         def read() -> dict[str, float]:
             with out_of_memory(self._plan):
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                host, fine = jax.device_get((metrics, applied))
+            values = {name: float(value) for name, value in host.items()}
             if not np.isfinite(values["grad_norm"]):
                 raise UnprocessableEntityError(
                     "optim_step: the gradients are not finite; the step was not applied and the gradients were dropped. "
                     "Look for extreme advantages or log-probability ratios, or lower the learning rate."
+                )
+            if not fine:
+                raise UnprocessableEntityError(
+                    f"optim_step: after a step with {params} the adapter or its moments would not be finite in float32; the "
+                    "step was not applied and the gradients were dropped. Lower learning_rate or weight_decay, or raise eps."
                 )
             return values
 
@@ -256,6 +287,26 @@ def _too_large(what: str) -> UnprocessableEntityError:
     )
 
 
+def _not_finite(logprobs: Sequence[np.ndarray], metrics: Mapping[str, float], adapter: lora_lib.Adapter) -> str | None:
+    """Why results are not finite, or None when they are."""
+    wrong = next((i for i, lp in enumerate(logprobs) if not np.isfinite(lp).all()), None)
+    if wrong is None:
+        if np.isfinite(metrics["loss:sum"]):
+            return None
+        return "the loss is not finite, though the log-probabilities are: weights, advantages or logprobs are too large"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
+        if not bool(jnp.isfinite(leaf).all()):
+            return f"the log-probabilities of data[{wrong}] are not finite: the adapter's {_dotted(path)} has such values"
+    return (
+        f"the log-probabilities of data[{wrong}] are not finite, though the adapter is: the base weights have such values, or "
+        "their dtype's range is exceeded"
+    )
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(str(key.key) for key in path)
+
+
 def hyperparameters(params: AdamParams) -> optim.AdamHyper:
     """What the compiled step takes; BadRequestError names a value that float32 cannot hold."""
     return optim.adam_hyper(**{name: getattr(params, name) for name in optim.AdamHyper._fields})
@@ -270,7 +321,7 @@ def _like(logprobs: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """What a datum of a mixed batch asked for: [N] or its own K columns."""
     if logprobs.ndim == 1:
         return logprobs
-    return logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]
+    return (logprobs[:, 0] if len(shape) == 1 else logprobs[:, : shape[1]]).copy()
 
 
 def loss_inputs(data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from tinker_jax.programs import Program
 from tinker_jax.training.objective import Call, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
 
+_MOST_AHEAD = 16_384  # tokens of each part of the rows that are dispatched and not computed: enough to keep a device busy
 _FEW_SEGMENTS = 16  # of a row; for such a micro-batch a GPU gets a program that sets aside room for no more
 
 
@@ -35,6 +39,7 @@ class WholeModel:
     def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, places: Any, add: Program) -> None:
         self._cfg, self._params, self._mesh, self._places, self._add = cfg, params, mesh, places, add
         self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._ahead: collections.deque[tuple[int, jax.Array]] = collections.deque()  # tokens that are, and their result
         self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained", "most_segments"))
 
     @property
@@ -45,9 +50,15 @@ class WholeModel:
     def close(self) -> None:
         """Gives the weights back."""
         self._params = {}
+        self._ahead.clear()
 
-    def run(self, call: Call) -> tuple[list[tuple[jax.Array, Any]], lora_lib.Adapter | None]:
-        """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients)."""
+    def run(
+        self, call: Call, others_wait: Callable[[], bool]
+    ) -> Generator[None, None, tuple[list[tuple[jax.Array, Any]], lora_lib.Adapter | None]]:
+        """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients).
+
+        Pauses between micro-batches, with the device at rest, while `others_wait` says so.
+        """
         total, outputs = None, []
         for batch in call.batches:
             grads, *output = self._step(
@@ -65,7 +76,18 @@ class WholeModel:
             )
             outputs.append(tuple(output))
             total = grads if total is None else self._add(total, grads, shape=call.adapter_shape)
+            self._ahead.append((batch.tokens.size, output[0]))
+            interrupted = others_wait()
+            self._wait(0 if interrupted else _MOST_AHEAD * sharding.parts(self._mesh, "rows"))
+            if interrupted and len(outputs) < len(call.batches):
+                yield
         return outputs, total
+
+    def _wait(self, most: int) -> None:
+        """Until no more tokens than these are ahead, of any call."""
+        while self._ahead and sum(tokens for tokens, _ in self._ahead) > most:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # whoever reads the result hears of it
+                jax.block_until_ready(self._ahead.popleft()[1])
 
     def rows_of(self, batch: MicroBatch) -> dict[str, jax.sharding.Sharding]:
         """Where each array of a micro-batch lies."""

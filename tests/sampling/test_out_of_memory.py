@@ -1,0 +1,133 @@
+"""A device with too little memory while sampling: fewer rows at once, then a smaller cache; nobody fails for another's size."""
+
+import logging
+
+import jax
+import pytest
+from sampler_cases import (
+    CONTEXT,
+    adapter,
+    ask,
+    assert_idle,
+    finish,
+    make,
+    next_weights,
+    run,
+    same,
+    shared,
+    submit,
+    tokens_of,
+)
+
+from tinker_jax.programs import Program
+from tinker_jax.sampling.page_pool import pages_for
+from tinker_jax.types.errors import BadRequestError, RequestFailedError, UnprocessableEntityError
+
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2544929920 bytes.")
+OFTEN = ("embedding", "layers", "draw", "adapter slots")
+ONCE = (*OFTEN, "cache", "cache copy", "final norm", "prompt logprobs", "prompt top-k", "prompt alternatives")
+
+
+def requests():
+    """(request, weights' number): shared and scored prompts, several samples, two adapters and none."""
+    scored = {"prompt_logprobs": True, "topk_prompt_logprobs": 2, "prompt_alt_tokens_k": 1}
+    return [
+        (ask(tokens_of(40), 3, max_tokens=40, seed=1, stop=[]), 0),
+        (ask(tokens_of(200), max_tokens=5, seed=2, stop=[], **scored), 1),
+        (ask(tokens_of(70), 2, max_tokens=30, seed=3, stop=[], top_k=9), 2),
+        (ask(tokens_of(9), max_tokens=20, seed=4, stop=[]), 0),
+    ]
+
+
+def submit_all(sampler):
+    names = [next_weights() for _ in range(3)]
+    trees = [None, adapter(1), adapter(2, 16)]
+    return [submit(sampler, request, names[i], trees[i]) for request, i in requests()]
+
+
+@pytest.fixture(scope="module")
+def calm():
+    return finish(shared(), *submit_all(shared()))
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    """The shared one; what it learns about its device is forgotten."""
+    sampler = shared()
+    for owner, name in ((sampler, "_rows"), (sampler, "_chunks"), (sampler._scheduler, "most_rows")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    yield sampler
+    assert_idle(sampler)
+
+
+def failing(patch, name, calls):
+    """The program of that name has no room at these calls of it."""
+    real, count = Program.__call__, [0]
+
+    def call(program, *args, **options):
+        if program.name == name:
+            count[0] += 1
+            if count[0] - 1 in calls:
+                raise OUT_OF_MEMORY
+        return real(program, *args, **options)
+
+    patch.setattr(Program, "__call__", call)
+    return count
+
+
+@pytest.mark.parametrize(("name", "calls"), [*((name, {0}) for name in ONCE), *((name, {1, 2}) for name in OFTEN)])
+def test_whatever_program_finds_no_room_every_result_is_what_it_would_have_been(sampler, calm, monkeypatch, name, calls):
+    sampler._runner.release()  # the cache is made again
+    with monkeypatch.context() as patch:
+        count = failing(patch, name, calls)
+        responses = finish(sampler, *submit_all(sampler))
+    assert count[0] > max(calls)
+    for response, expected in zip(responses, calm, strict=True):
+        same(response, expected)
+
+
+def test_rows_and_prompt_tokens_are_halved_before_the_cache_is(calm, monkeypatch, caplog):
+    sampler = make(pages=64)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="tinker_jax"):
+        failing(patch, "draw", set(range(5)))
+        responses = finish(sampler, *submit_all(sampler))
+    for response, expected in zip(responses, calm, strict=True):
+        same(response, expected)
+    told = [record.getMessage().partition("at most ")[2] for record in caplog.records]
+    assert [line.rpartition(" at once")[0] for line in told] == [
+        *("24 rows and 128 prompt tokens", "8 rows and 64 prompt tokens", "2 rows and 64 prompt tokens"),
+        *["1 rows and 64 prompt tokens"] * 2,
+    ]
+    assert sampler._pages == 32
+
+
+def test_what_no_longer_fits_is_refused_with_the_numbers_and_the_others_go_on(monkeypatch):
+    sampler = make(pages=pages_for(CONTEXT))
+    small = ask(tokens_of(9), max_tokens=20, seed=4, stop=[])
+    (expected,) = run(sampler, small)
+    monkeypatch.setattr(sampler, "_rows", [1])
+    monkeypatch.setattr(sampler, "_chunks", {64: [1]})
+    with monkeypatch.context() as patch:
+        failing(patch, "layers", {0})
+        large, other = submit(sampler, ask(tokens_of(300), max_tokens=9), next_weights()), submit(sampler, small)
+        while sampler.step():
+            pass
+    with pytest.raises(UnprocessableEntityError, match=r"A prompt of 300 tokens with max_tokens=9 needs .* but the engine has"):
+        large.result(0)
+    same(other.result(0), expected)
+    with pytest.raises(BadRequestError, match=r"needs .* bytes of key/value cache"):
+        sampler.parse(ask(tokens_of(300), max_tokens=9))
+
+
+def test_when_nothing_is_left_to_save_requests_fail_and_the_sampler_stays_usable(sampler, monkeypatch):
+    sampler = make(pages=32)
+    with monkeypatch.context() as patch:
+        failing(patch, "layers", range(10**6))
+        futures = submit_all(sampler)
+        for _ in range(100):
+            if not sampler.step():
+                break
+    assert not sampler.running and not sampler.waiting
+    for future in futures:
+        assert isinstance(future.exception(0), (RequestFailedError, UnprocessableEntityError))
+    assert run(sampler, ask(tokens_of(3), max_tokens=2, stop=[]))[0].sequences[0].tokens
