@@ -220,6 +220,7 @@ def test_no_damaged_checkpoint_loads_with_other_numbers(home, trials):
     rng = random.Random(8)
     files = files_of(home / "runs" / RUN / "weights")
     own = files_of(Path(Store(home).get(f"tinker://{RUN}/weights/a").directory))
+    own.append(home / "runs" / RUN / "weights" / "a.json")
     sizes = [file.stat().st_size for file in own]
     refused = 0
     for trial in range(trials):
