@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from tinker_jax.checkpoints import export_merged, export_peft, export_tinker
 from tinker_jax.checkpoints.hf_import import load_base
+from tinker_jax.checkpoints.hub import resolve
 from tinker_jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
 from tinker_jax.models.weights import weights
 from tinker_jax.types.errors import (
@@ -67,7 +69,7 @@ def test_the_peft_files_say_what_they_are(tmp_path, checkpoint):
     path = trained(tmp_path / "home", base, kind="sampler_weights")
     export_peft(path, tmp_path / "peft", home=tmp_path / "home")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 32, str(base))
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 32, base.name)
     assert config["target_modules"] == [*(f"{m}_proj" for m in ["q", "k", "v", "o", "gate", "up", "down"]), "lm_head"]
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(tensors) == 2 * (3 * 7 + 1)
@@ -226,7 +228,46 @@ def test_a_base_model_that_moved_can_be_named(tmp_path, checkpoint):
     moved = moved.rename(tmp_path / "second")
     export_peft(path, tmp_path / "peft", home=tmp_path / "home", base_model=str(moved))
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(moved)
+    assert config["base_model_name_or_path"] == "second"
+
+
+@pytest.mark.parametrize(
+    ("place", "origin", "name"),
+    [
+        ("hub/models--owner--name/snapshots/" + "0" * 40, None, "owner/name"),
+        ("my-model", "owner/name", "owner/name"),
+        ("my-model", "/home/me/model", "my-model"),
+        ("my-model", "./model", "my-model"),
+        ("my-model", 3, "my-model"),
+    ],
+)
+def test_the_peft_files_name_no_path_of_this_machine(tmp_path, checkpoint, place, origin, name):
+    base = shutil.copytree(checkpoint("qwen3"), tmp_path / place)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": origin}))
+    export_peft(trained(tmp_path / "home", base), tmp_path / "peft", home=tmp_path / "home")
+    text = (tmp_path / "peft" / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] == name and str(tmp_path) not in text
+
+
+def test_the_peft_files_name_an_embedded_model_as_we_do(tmp_path):
+    base = resolve("tinker-jax/tiny-qwen3")
+    export_peft(trained(tmp_path / "home", base), tmp_path / "peft", home=tmp_path / "home", base_model="tinker-jax/tiny-qwen3")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tinker-jax/tiny-qwen3"
+
+
+@pytest.mark.parametrize("export", [export_peft, export_merged, export_tinker])
+def test_exported_files_have_the_mode_that_the_umask_gives(tmp_path, checkpoint, export):
+    path = trained(tmp_path / "home", checkpoint("qwen3"))
+    umask = os.umask(0o027)
+    try:
+        export(path, tmp_path / "out", home=tmp_path / "home")
+    finally:
+        os.umask(umask)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {
+        file.name: "0o640" for file in (tmp_path / "out").iterdir()
+    }
 
 
 def test_tinkers_layout_names_the_unembedding_as_tinker_does(tmp_path, checkpoint):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from etils import epath
 from huggingface_hub import errors
 
 from tinker_jax.checkpoints import hub
-from tinker_jax.types.errors import APIConnectionError, NotFoundError, PermissionDeniedError, StorageError
+from tinker_jax.types.errors import (
+    APIConnectionError,
+    BadRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+)
 
 
 @pytest.fixture
@@ -130,3 +139,47 @@ def test_a_missing_or_damaged_tokenizer_is_an_error(checkpoint, tmp_path):
     (model / "tokenizer.json").unlink()
     with pytest.raises(NotFoundError, match=r"model has no tokenizer: none of tokenizer.json, .*Copy the model's there"):
         hub.load_tokenizer(model)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"owner/name", Path("model")])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(BadRequestError, match=r"base model: expected a hub id, a directory or an embedded model, got "):
+        hub.resolve(name)
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    """A model in the layout of the hub's cache: files named by their SHA-256, and links to them."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number in (1, 2):
+        content = b"weights" * number
+        (blobs / hashlib.sha256(content).hexdigest()).write_bytes(content)
+        (snapshot / f"model-{number}.safetensors").symlink_to(blobs / hashlib.sha256(content).hexdigest())
+    (snapshot / "other.safetensors").write_bytes(b"no link, so no digest")
+    return snapshot
+
+
+def test_a_file_of_the_hubs_cache_is_held_against_its_digest_once(snapshot, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(hub, "sha256", lambda file: read.append(file.name) or hashlib.sha256(file.read_bytes()).hexdigest())
+    for _ in range(2):
+        hub.verify_download(snapshot, epath.Path(tmp_path / "verified"), progress=False)
+    assert sorted(read) == sorted(blob.name for blob in (snapshot.parents[1] / "blobs").iterdir())
+    blob = Path(os.path.realpath(snapshot / "model-2.safetensors"))
+    blob.write_bytes(b"weightsweights"[::-1])
+    os.utime(blob, ns=(0, 0))
+    with pytest.raises(StorageError, match=rf"model-2\.safetensors is damaged: the SHA-256 of .* Remove .*{blob.name}"):
+        hub.verify_download(snapshot, epath.Path(tmp_path / "verified"), progress=False)
+
+
+def test_a_place_that_cannot_be_written_means_only_that_files_are_read_again(snapshot, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    hub.verify_download(snapshot, epath.Path(tmp_path / "file" / "verified"), progress=False)
+
+
+def test_a_link_to_nothing_is_a_storage_error(snapshot, tmp_path):
+    Path(os.path.realpath(snapshot / "model-1.safetensors")).unlink()
+    with pytest.raises(StorageError, match=r"cannot read .*: No such file"):
+        hub.verify_download(snapshot, epath.Path(tmp_path / "verified"), progress=False)

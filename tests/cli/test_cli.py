@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -137,6 +138,32 @@ def test_export_writes_each_layout(tmp_path, checkpoint, capsys, layout, file):
 
 def test_version_is_the_packages(capsys):
     assert run(capsys, "version")[:2] == (0, f"{tinker_jax.__version__}\n")
+
+
+@pytest.mark.parametrize("argv", [("--version",), ("--home", "x", "--version")])
+def test_version_can_be_asked_for_as_an_option(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 0 and capsys.readouterr().out == f"{tinker_jax.__version__}\n"
+
+
+def test_info_names_a_damaged_record_and_the_list_shows_the_others(store, capsys, caplog):
+    damaged = Path(store.home) / "runs" / RUN / "weights" / "one.json"
+    damaged.write_bytes(b"\xff")
+    status, out, err = run(capsys, "checkpoint", "info", f"tinker://{RUN}/weights/one")
+    assert (status, out) == (2, "")
+    assert err == f"tinker-jax: {damaged} is damaged: not UTF-8 (byte 0). Remove it to go on without it.\n"
+    status, out, _ = run(capsys, "checkpoint", "list")
+    assert status == 0 and [row.split()[0] for row in out.splitlines()[1:]] == [f"tinker://{RUN}/weights/two"]
+    assert str(damaged) in caplog.text
+
+
+def test_what_the_terminal_cannot_show_is_shown_in_escapes(store):
+    store.create_run(replace(run_record("sess-3:train:0"), base_model="mod\u00e8le\udcff"))
+    script = "import sys; from tinker_jax.cli.main import main; sys.exit(main(['run', 'list']))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "mod\\xe8le\\udcff" in done.stdout, done.stderr
 
 
 def test_listing_loads_no_jax_and_closing_the_pipe_is_no_error(store):

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny
 
-from tinker_jax.checkpoints.state import read_meta
+from tinker_jax.checkpoints.state import read_meta, save_adapter
 from tinker_jax.checkpoints.store import RunRecord, Store
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.engine import Engine, get_engine
 from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, SampleRequest, SamplingParams
-from tinker_jax.types.errors import BadRequestError, NotFoundError, RequestFailedError, UnprocessableEntityError
+from tinker_jax.types.errors import BadRequestError, NotFoundError, RequestFailedError, StorageError, UnprocessableEntityError
 
 LORA = LoraConfig(rank=4, seed=0)
 STEP = AdamParams(learning_rate=1e-2)
@@ -302,6 +302,25 @@ def test_a_checkpoint_of_another_base_model_names_both(engine, model_id, checkpo
         with pytest.raises(UnprocessableEntityError, match=re.escape(text)):
             load().result(120)
     other.close()
+
+
+def test_a_damaged_or_diverged_checkpoint_is_refused_and_changes_nothing(engine, model_id):
+    train(engine, model_id, 1)
+    path = engine.save_state(model_id, model_id, "good").result(120)
+    store = Store(engine.config.home)
+    meta = store.get(path).directory / "meta.json"
+    diverged = jax.tree.map(lambda x: x * np.nan, engine._adapters[model_id].stored()[0])
+    bad = store.write(model_id, "weights", "bad", lambda d: save_adapter(d, diverged, None, {}), has_optimizer=False).path
+    meta.write_text(meta.read_text().replace("32.0", "36.0"))
+    before = score(engine, model_id)
+    for name, create in ((model_id, False), ("another", True)):
+        with pytest.raises(StorageError, match=r"^\S*meta\.json is damaged: its SHA-256 is not the one in SHA256SUMS"):
+            engine.load_adapter(name, path, with_optimizer=True, create=create).result(120)
+        with pytest.raises(UnprocessableEntityError, match=r"^adapter tensor .* holds \d+ values that are NaN or infinite"):
+            engine.load_adapter(name, bad, with_optimizer=False, create=create).result(120)
+    with pytest.raises(StorageError, match=r"meta\.json is damaged"):
+        engine.load_sampler("damaged", path).result(120)
+    np.testing.assert_array_equal(score(engine, model_id), before)
 
 
 def test_a_failed_request_leaves_the_client_usable(engine, model_id):

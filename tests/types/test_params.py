@@ -27,6 +27,7 @@ NAN, INF = float("nan"), float("inf")
         ("AdamParams", {"learning_rate": -1e-3}, "AdamParams.learning_rate"),
         ("AdamParams", {"learning_rate": "0.1"}, "AdamParams.learning_rate: .* got str '0.1'"),
         ("AdamParams", {"learning_rate": True}, "AdamParams.learning_rate"),
+        ("AdamParams", {"learning_rate": 10**400}, "AdamParams.learning_rate: expected a finite number >= 0, got int"),
         ("AdamParams", {"beta1": 1.0}, "AdamParams.beta1: expected a finite number >= 0 and < 1, got float 1.0"),
         ("AdamParams", {"beta2": -0.1}, "AdamParams.beta2"),
         ("AdamParams", {"eps": INF}, "AdamParams.eps"),

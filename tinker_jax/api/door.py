@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, load_tokenizer
+from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, load_tokenizer, local_directory
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.types import Datum
 from tinker_jax.types.coerce import coerce, looks_like
@@ -45,8 +45,8 @@ def base_model_name(base_model: Any) -> str:
         raise BadRequestError(
             f"base_model: expected a hub id, a local directory or an embedded model's name, got {base_model!r}"
         )
-    local = os.path.abspath(os.path.expanduser(base_model))
-    return local if os.path.isdir(local) and not base_model.startswith(EMBEDDED_PREFIX) else base_model
+    local = None if base_model.startswith(EMBEDDED_PREFIX) else local_directory(base_model)
+    return base_model if local is None else os.path.abspath(local)
 
 
 def engine_config(engine: Any) -> EngineConfig:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tinker_jax.checkpoints import tensor_files
 from tinker_jax.checkpoints.hf_import import check_names
-from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, FILES, resolve
+from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, FILES, is_hub_id, local_directory, read_json, resolve, verify_download
 from tinker_jax.checkpoints.records import CheckpointRecord
 from tinker_jax.checkpoints.state import read_adapter, read_meta
 from tinker_jax.checkpoints.store import Store
@@ -31,7 +32,6 @@ from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.types.errors import (
     BadRequestError,
     ConflictError,
-    NotFoundError,
     StorageError,
     TinkerError,
     UnprocessableEntityError,
@@ -58,6 +58,7 @@ class _Checkpoint:
     """An adapter together with the base model that it belongs to."""
 
     record: CheckpointRecord
+    home: epath.Path
     base: str
     directory: Path
     config: dict[str, Any]
@@ -71,8 +72,11 @@ def export_peft(
 ) -> Path:
     """Writes a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors` (float32).
 
-    Load it with `peft.PeftModel.from_pretrained(model, directory)`. An adapter of the unembedding changes the unembedding
-    only, also where it shares the embedding's matrix; don't merge such an adapter in PEFT, use `export_merged`.
+    Load it with `peft.PeftModel.from_pretrained(model, directory)`. The files name the base model by its hub id or embedded
+    name; one from a local directory by the hub id that its config.json tells, else by the directory's own name.
+
+    An adapter of the unembedding changes the unembedding only, also where it shares the embedding's matrix; don't merge such
+    an adapter in PEFT, use `export_merged`.
 
     Args:
         path: `tinker://` path of weights or sampler weights.
@@ -86,8 +90,8 @@ def export_peft(
     Raises:
         BadRequestError, NotFoundError: the path.
         ConflictError: the directory holds something.
-        UnprocessableEntityError: the base model has other shapes than the adapter.
-        StorageError: something cannot be read or written.
+        UnprocessableEntityError: the base model has other shapes than the adapter, or the adapter holds NaN or infinity.
+        StorageError: something cannot be read or written, or is damaged.
     """
     checkpoint = _open(path, home, base_model)
     with _new_directory(directory) as target:
@@ -143,6 +147,7 @@ def export_merged(
     entries = tensor_files.read_index(checkpoint.directory)
     cfg = parse(checkpoint.config)
     check_names(checkpoint.directory, entries, weights(cfg))
+    verify_download(checkpoint.directory, checkpoint.home / "verified", progress)
     config = dict(checkpoint.config)
     sources = dict(entries)
     if _HEAD in checkpoint.factors and cfg.tied:
@@ -184,13 +189,11 @@ def export_merged(
 
 
 def _open(path: str, home: str | os.PathLike[str] | None, base_model: str | None) -> _Checkpoint:
-    record = Store(home).get(path)
+    store = Store(home)
+    record = store.get(path)
     base = base_model or record.base_model
     directory = resolve(base)
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise NotFoundError(f"base model {base!r}: cannot read {directory / 'config.json'}: {error}") from error
+    config = read_json(directory / "config.json")
     cfg = parse(config)
     places = {w.module: w.hf.removesuffix(".weight") for w in weights(cfg) if w.lora} | {_HEAD: _HEAD}
     adapter = read_adapter(record.directory)
@@ -220,23 +223,21 @@ def _open(path: str, home: str | os.PathLike[str] | None, base_model: str | None
             f"adapter tensor {min(adapter)!r} of {path} has no place in base model {base!r}. "
             f"It was trained on {record.base_model!r}."
         )
-    return _Checkpoint(record, base, directory, config, read_meta(record.directory)["lora_alpha"], factors, modules)
+    return _Checkpoint(record, store.home, base, directory, config, read_meta(record.directory)["lora_alpha"], factors, modules)
 
 
 def _write_adapter(directory: Path, checkpoint: _Checkpoint, head: str) -> None:
-    from safetensors.numpy import save_file
-
     tensors = {}
     for module, factors in checkpoint.factors.items():
         name = f"base_model.model.{head if module == _HEAD else module}"
         tensors[f"{name}.lora_A.weight"] = factors.A
         tensors[f"{name}.lora_B.weight"] = factors.B
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    embedded = checkpoint.base.startswith(EMBEDDED_PREFIX)
+    plans = [tensor_files.plan(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    tensor_files.write(directory / "adapter_model.safetensors", plans, tensors.values())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(checkpoint.directory) if embedded else checkpoint.base,
+        "base_model_name_or_path": _public_name(checkpoint),
         "inference_mode": True,
         "r": checkpoint.record.lora_rank,
         "lora_alpha": _whole(checkpoint.alpha),
@@ -247,6 +248,19 @@ def _write_adapter(directory: Path, checkpoint: _Checkpoint, head: str) -> None:
         "target_modules": [head.rpartition(".")[2] if module == _HEAD else module for module in checkpoint.modules],
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _public_name(checkpoint: _Checkpoint) -> str:
+    """What the base model is called on any machine: its hub id or embedded name, never a path."""
+    base, directory = checkpoint.base, checkpoint.directory
+    if base.startswith(EMBEDDED_PREFIX) or local_directory(base) is None:
+        return base
+    if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
+        return directory.parent.parent.name.removeprefix("models--").replace("--", "/")  # a directory of the hub's cache
+    origin = checkpoint.config.get("_name_or_path")
+    if isinstance(origin, str) and "/" in origin and is_hub_id(origin):
+        return origin
+    return directory.resolve().name
 
 
 def _merge(entry: TensorEntry, factors: _Factors | None, checkpoint: _Checkpoint, dtype: np.dtype) -> np.ndarray:
@@ -275,11 +289,11 @@ def _copy_companions(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary directory that becomes `directory` when the body succeeds, and vanishes when not."""
-    final = Path(directory).expanduser().absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ConflictError(f"{final} exists and is not an empty directory; choose another one.")
+    final = Path(os.path.expanduser(directory)).absolute()
     temporary = final.parent / f".{final.name}.{uuid.uuid4().hex}.tmp"
     try:
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise ConflictError(f"{final} exists and is not an empty directory; choose another one.")
         temporary.mkdir(parents=True)
         yield temporary
         if final.exists():

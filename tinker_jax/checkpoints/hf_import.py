@@ -114,7 +114,7 @@ def check_names(directory: Path, entries: Mapping[str, TensorEntry], table: Sequ
 
 
 def _listing(names: Sequence[str] | set[str], most: int = 10) -> str:
-    names = sorted(names)
+    names = [name[:100] for name in sorted(names)]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -8,7 +8,8 @@ Layout below the home directory (a path, or any URL that `etils.epath` opens):
 
 A save writes a fresh data directory and then replaces the small pointer file in one atomic step, so a reader sees the
 old checkpoint or the new one, never a mixture, and a process killed in between leaves the old one readable. Data that
-no pointer names is an orphan; it is removed once it is too old to belong to a save still in progress.
+no pointer names is an orphan; it is removed once it is too old to belong to a save still in progress. Data that a save with
+`overwrite` replaced stays for readers that had found it, and is removed ten minutes later.
 
 Nothing here imports jax, so listing checkpoints is cheap.
 """
@@ -31,10 +32,12 @@ from typing import Any
 from etils import epath
 from etils.epath import backend as epath_backend
 
+from tinker_jax.checkpoints.json_files import quoted, read_object, seal, unseal
 from tinker_jax.checkpoints.records import (
     KINDS,
     CheckpointRecord,
     Kind,
+    Pointer,
     RunRecord,
     check_metadata,
     check_name,
@@ -42,6 +45,9 @@ from tinker_jax.checkpoints.records import (
     is_name,
     is_run_id,
     parse_path,
+    read_pointer,
+    read_run,
+    run_fields,
 )
 from tinker_jax.types.errors import BadRequestError, ConflictError, NotFoundError, StorageError, TinkerError
 
@@ -54,12 +60,17 @@ _log = logging.getLogger(__name__)
 
 #: Data without a pointer is kept this long: a save by another process may still be writing it.
 ORPHAN_AGE = timedelta(hours=24)
+#: Data that `overwrite` replaced is kept this long: whoever found it before is reading it now. A read takes seconds, minutes
+#: from an object store; a loop that overwrites at every step must not fill the disk.
+SUPERSEDED_AGE = timedelta(minutes=10)
 #: `touch_run` writes at most this often; readers in the same process see every touch.
 TOUCH_INTERVAL = timedelta(seconds=30)
 
 _DATA = ".data"
 _STAMP = "%Y%m%dT%H%M%SZ"
 _SCHEMES = ("gs", "s3", "az")
+_LONGEST = 512  # of a name that similar ones are sought for
+_REMEDY = "Remove it to go on without it."
 
 
 def _now() -> datetime:
@@ -78,23 +89,6 @@ def _storage(action: str, path: object) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error} ({where}).") from error
 
 
-def _encode(record: Any) -> dict[str, Any]:
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in fields.items()}
-
-
-class _DamagedError(StorageError):
-    """A record that exists but cannot be understood."""
-
-
-def _damaged(file: object, why: object) -> _DamagedError:
-    return _DamagedError(f"{file} is damaged: {why}. Remove it to go on without it.")
-
-
-def _time(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text)
-
-
 class Store:
     """Runs and checkpoints below one home directory. Safe to use from several threads and processes.
 
@@ -102,17 +96,19 @@ class Store:
         home: a directory, or a URL (`gs://`, `s3://`, `az://`); default `$TINKER_JAX_HOME`, else `~/.tinker_jax`.
 
     Raises:
-        BadRequestError: a URL of a scheme that is not supported.
+        BadRequestError: no path, or a URL of a scheme that is not supported.
     """
 
     def __init__(self, home: str | os.PathLike[str] | None = None) -> None:
+        if home is not None and not isinstance(home, (str, os.PathLike)):
+            raise BadRequestError(f"home: expected a directory or a URL, got {quoted(home)}.")
         text = os.fspath(home) if home is not None else os.environ.get("TINKER_JAX_HOME") or "~/.tinker_jax"
         scheme, separator, _ = text.partition("://")
         if separator and scheme not in _SCHEMES:
             known = ", ".join(f"{s}://" for s in _SCHEMES)
             raise BadRequestError(f"storage {text!r}: scheme {scheme!r} is not supported; use a directory or {known}.")
         self._local = not separator
-        self.home = epath.Path(Path(text).expanduser().absolute() if self._local else text)
+        self.home = epath.Path(Path(os.path.expanduser(text)).absolute() if self._local else text)
         self._lock = threading.RLock()
         self._touched: dict[str, datetime] = {}
         self._touch_written: dict[str, datetime] = {}
@@ -129,14 +125,14 @@ class Store:
             StorageError: the home directory cannot be written.
         """
         if not is_run_id(run.run_id):
-            raise BadRequestError(f"run id {run.run_id!r} is not allowed; use letters, digits, '.', '_', ':' or '-'.")
+            raise BadRequestError(f"run id {quoted(run.run_id)} is not allowed; use letters, digits, '.', '_', ':' or '-'.")
         check_metadata(run.user_metadata)
         utc = {"created": run.created.astimezone(UTC), "last_request_time": run.last_request_time.astimezone(UTC)}
         directory = self._run_directory(run.run_id)
         with _storage("create run", directory), self._locked(run.run_id):
             if (directory / "run.json").exists():
                 raise ConflictError(f"run {run.run_id!r} exists already in {self.home}.")
-            self._replace(directory / "run.json", _encode(dataclasses.replace(run, **utc)), scratch=directory)
+            self._replace(directory / "run.json", run_fields(dataclasses.replace(run, **utc)), scratch=directory)
         if self._local and not self._swept:
             # Runs of earlier processes never save again, so nobody else would clear what expired in them.
             self._swept = True
@@ -148,14 +144,15 @@ class Store:
 
         Raises:
             NotFoundError: no such run; names similar ones.
+            StorageError: its record is damaged, or of a newer format.
         """
         run = self._read_run(run_id) if is_run_id(run_id) else None
         if run is None:
-            raise NotFoundError(f"run {run_id!r} does not exist in {self.home}.{_suggest(str(run_id), self._run_ids())}")
+            raise self._no_run(run_id)
         return run
 
     def list_runs(self) -> list[RunRecord]:
-        """All runs, newest first."""
+        """All runs, newest first. Damaged records are logged and left out."""
         runs = [run for run in self._readable(self._read_run, self._run_ids()) if run is not None]
         return sorted(runs, key=lambda run: (run.created, run.run_id), reverse=True)
 
@@ -164,6 +161,7 @@ class Store:
 
         Raises:
             NotFoundError: no such run.
+            StorageError: its record is damaged, or of a newer format.
         """
         now = _now()
         written = self._touch_written.get(run_id)
@@ -173,10 +171,13 @@ class Store:
         self._touched[run_id] = now
 
     def _write_touch(self, run_id: str, now: datetime) -> None:
-        run = self.get_run(run_id)
+        self.get_run(run_id)
         directory = self._run_directory(run_id)
         with _storage("update run", directory), self._locked(run_id):
-            self._replace(directory / "run.json", _encode(dataclasses.replace(run, last_request_time=now)), directory)
+            fields = self._read_record(directory / "run.json")
+            if fields is None:
+                raise NotFoundError(f"run {run_id!r} was removed meanwhile.")
+            self._replace(directory / "run.json", {**fields, "last_request_time": now.isoformat()}, scratch=directory)
 
     # Checkpoints
 
@@ -200,7 +201,8 @@ class Store:
             name: see `check_name`.
             writer: called once with the fresh directory; what it raises leaves nothing visible.
             has_optimizer: whether the data holds optimiser state.
-            overwrite: replace a checkpoint of this name; the old one stays readable until the new one is complete.
+            overwrite: replace a checkpoint of this name; the old one stays readable until the new one is complete, and its
+                data for ten minutes more, for whoever is reading it then.
             ttl_seconds: time to live from now, None for ever.
             user_metadata: free strings kept with the checkpoint.
 
@@ -208,13 +210,13 @@ class Store:
             BadRequestError: name, kind, ttl or metadata not allowed.
             NotFoundError: no such run.
             ConflictError: the name is taken and `overwrite` is false.
-            StorageError: the disk is full or cannot be written.
+            StorageError: the disk is full or cannot be written, or the record to replace is damaged.
         """
         check_name(name)
         check_ttl(ttl_seconds)
         metadata = check_metadata(user_metadata)
         if kind not in KINDS:
-            raise BadRequestError(f"checkpoint kind {kind!r} is unknown; known kinds are {', '.join(KINDS)}.")
+            raise BadRequestError(f"checkpoint kind {quoted(kind)} is unknown; known kinds are {', '.join(KINDS)}.")
         run = self.get_run(run_id)
         if not overwrite:
             self._refuse_taken(run_id, kind, name)
@@ -231,8 +233,10 @@ class Store:
                 if not overwrite:
                     self._refuse_taken(run_id, kind, name)
                 now = _now()
-                pointer = {
+                fields = {
+                    "path": path,
                     "data": data_name,
+                    "superseded": [] if old is None else _superseded(old, now),
                     "time": now.isoformat(),
                     "size_bytes": size,
                     "expires_at": ttl_seconds and (now + timedelta(seconds=ttl_seconds)).isoformat(),
@@ -244,14 +248,14 @@ class Store:
                     "train_unembed": run.train_unembed,
                     "has_optimizer": has_optimizer,
                 }
-                self._replace(self._pointer(run_id, kind, name), pointer, scratch=directory.parent)
+                self._replace(self._pointer(run_id, kind, name), fields, scratch=directory.parent)
         except BaseException:
             _remove(directory)
             raise
-        if old is not None:
-            _remove(self._data_directory(run_id, kind) / old["data"])
+        if old is not None and _expired(old):
+            _remove(old.record.directory)
         self._collect(run_id)
-        return self._record(run_id, kind, name, pointer)
+        return self._parse_pointer(run_id, kind, name, fields).record
 
     def get(self, path: str, kinds: Sequence[str] = KINDS) -> CheckpointRecord:
         """The checkpoint at a `tinker://` path.
@@ -263,6 +267,7 @@ class Store:
         Raises:
             BadRequestError: the path has another form, or is of another kind.
             NotFoundError: nothing there, or expired; names similar checkpoints.
+            StorageError: its record is damaged, or of a newer format.
         """
         run_id, kind, name = parse_path(path)
         if kind not in kinds:
@@ -276,21 +281,21 @@ class Store:
             )
         pointer = self._read_pointer(run_id, kind, name)
         if pointer is None:
-            if self._read_run(run_id) is None:
+            if not self._has_run(run_id):
                 hint = f" Run {run_id!r} does not exist.{_suggest(run_id, self._run_ids())}"
             else:
                 hint = _suggest(path, (record.path for record in self._records(run_id) if record.kind in kinds))
             raise NotFoundError(f"checkpoint {path!r} does not exist in {self.home}, or has expired.{hint}")
-        return self._record(run_id, kind, name, pointer)
+        return pointer.record
 
     def list_checkpoints(self, run_id: str | None = None) -> list[CheckpointRecord]:
-        """Checkpoints of one run or of all, newest first.
+        """Checkpoints of one run or of all, newest first. Damaged records are logged and left out; `get` says what is wrong.
 
         Raises:
             NotFoundError: no such run.
         """
-        if run_id is not None:
-            self.get_run(run_id)
+        if run_id is not None and not self._has_run(run_id):
+            raise self._no_run(run_id)
         run_ids = self._run_ids() if run_id is None else [run_id]
         records = [record for one in run_ids for record in self._records(one)]
         return sorted(records, key=lambda record: (record.time, record.path), reverse=True)
@@ -300,12 +305,15 @@ class Store:
 
         Raises:
             BadRequestError, NotFoundError: as `get`.
-            StorageError: it cannot be removed.
+            StorageError: it cannot be removed, or its record is damaged.
         """
+        run_id, kind, name = parse_path(path)
         record = self.get(path)
-        with _storage(f"delete checkpoint {path} in", record.directory), self._locked(record.run_id):
-            self._pointer(record.run_id, record.kind, record.name).unlink(missing_ok=True)
-        _remove(record.directory)
+        with _storage(f"delete checkpoint {path} in", record.directory), self._locked(run_id):
+            pointer = self._read_pointer(run_id, kind, name, expired=True)
+            self._pointer(run_id, kind, name).unlink(missing_ok=True)
+        for data in [] if pointer is None else [pointer.data, *pointer.superseded]:
+            _remove(self._data_directory(run_id, kind) / data)
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointRecord:
         """Lets a checkpoint expire `ttl_seconds` from now, or never if None.
@@ -313,7 +321,7 @@ class Store:
         Raises:
             BadRequestError: the path, or a ttl outside 1 hour … 10 years.
             NotFoundError: as `get`.
-            StorageError: it cannot be written.
+            StorageError: it cannot be written, or its record is damaged.
         """
         check_ttl(ttl_seconds)
         run_id, kind, name = parse_path(path)
@@ -322,9 +330,10 @@ class Store:
             pointer = self._read_pointer(run_id, kind, name)
             if pointer is None:
                 raise NotFoundError(f"checkpoint {path!r} was removed meanwhile.")
-            pointer["expires_at"] = ttl_seconds and (_now() + timedelta(seconds=ttl_seconds)).isoformat()
-            self._replace(self._pointer(run_id, kind, name), pointer, scratch=self._data_directory(run_id, kind))
-        return self._record(run_id, kind, name, pointer)
+            expires_at = ttl_seconds and (_now() + timedelta(seconds=ttl_seconds)).isoformat()
+            fields = {**pointer.fields, "expires_at": expires_at}
+            self._replace(self._pointer(run_id, kind, name), fields, scratch=self._data_directory(run_id, kind))
+        return self._parse_pointer(run_id, kind, name, fields).record
 
     check_name = staticmethod(check_name)
 
@@ -342,13 +351,21 @@ class Store:
     def _run_ids(self) -> list[str]:
         return [name for name in self._names(self.home / "runs") if is_run_id(name)]
 
+    def _has_run(self, run_id: str) -> bool:
+        """Whether there is a record of the run, damaged or not."""
+        return is_run_id(run_id) and "run.json" in self._names(self._run_directory(run_id))
+
+    def _no_run(self, run_id: str) -> NotFoundError:
+        near = _suggest(str(run_id), self._run_ids())
+        return NotFoundError(f"run {quoted(run_id)} does not exist in {self.home}.{near}")
+
     def _names(self, directory: epath.Path) -> list[str]:
-        """Names in a directory; none when it is absent."""
+        """Names in a directory; none when it is absent, or is a file."""
         self._forget(directory)
         with _storage("list", directory):
             try:
                 return sorted(child.name for child in directory.iterdir())
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def _forget(self, path: epath.Path) -> None:
@@ -356,68 +373,37 @@ class Store:
         if not self._local:
             epath_backend.fsspec_backend.fs(path).invalidate_cache()
 
-    def _read_json(self, file: epath.Path) -> dict[str, Any] | None:
+    def _read_record(self, file: epath.Path) -> dict[str, Any] | None:
+        """The fields of a record; None when there is no such file."""
         self._forget(file)
-        with _storage("read", file):
+        with _storage("read", file), _naming(file):
             try:
-                text = file.read_text()
+                return unseal(file, read_object(file, _REMEDY))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise _damaged(file, f"not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise _damaged(file, "not a JSON object")
-        return value
 
     def _read_run(self, run_id: str) -> RunRecord | None:
         file = self._run_directory(run_id) / "run.json"
-        value = self._read_json(file)
-        if value is None:
+        fields = self._read_record(file)
+        if fields is None:
             return None
-        try:
-            for key in ("created", "last_request_time"):
-                value[key] = datetime.fromisoformat(value[key])
-            run = RunRecord(**value)
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(file, repr(error)) from error
+        with _naming(file):
+            run = read_run(run_id, fields)
         touched = self._touched.get(run_id)
         if touched is not None and touched > run.last_request_time:
             return dataclasses.replace(run, last_request_time=touched)
         return run
 
-    def _read_pointer(self, run_id: str, kind: str, name: str, *, expired: bool = False) -> dict[str, Any] | None:
-        file = self._pointer(run_id, kind, name)
-        pointer = self._read_json(file)
-        if pointer is None:
+    def _read_pointer(self, run_id: str, kind: Kind, name: str, *, expired: bool = False) -> Pointer | None:
+        fields = self._read_record(self._pointer(run_id, kind, name))
+        if fields is None:
             return None
-        try:
-            # What it names gets removed one day, so it must not lead out of the data directory.
-            if not is_name(pointer["data"]):
-                raise ValueError(f"data is {pointer['data']!r}")
-            expires_at = _time(pointer["expires_at"])
-            gone = expires_at is not None and expires_at <= _now()
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(file, repr(error)) from error
-        return None if gone and not expired else pointer
+        pointer = self._parse_pointer(run_id, kind, name, fields)
+        return None if _expired(pointer) and not expired else pointer
 
-    def _record(self, run_id: str, kind: Kind, name: str, pointer: Mapping[str, Any]) -> CheckpointRecord:
-        file = self._pointer(run_id, kind, name)
-        try:
-            fields = dict(pointer)
-            return CheckpointRecord(
-                run_id=run_id,
-                kind=kind,
-                name=name,
-                path=f"tinker://{run_id}/{kind}/{name}",
-                directory=self._data_directory(run_id, kind) / fields.pop("data"),
-                time=datetime.fromisoformat(fields.pop("time")),
-                expires_at=_time(fields.pop("expires_at")),
-                **fields,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(file, repr(error)) from error
+    def _parse_pointer(self, run_id: str, kind: Kind, name: str, fields: Mapping[str, Any]) -> Pointer:
+        with _naming(self._pointer(run_id, kind, name)):
+            return read_pointer(run_id, kind, name, self._data_directory(run_id, kind), fields)
 
     def _pointer_names(self, run_id: str, kind: Kind) -> list[str]:
         names = (
@@ -426,19 +412,19 @@ class Store:
         return [name for name in names if is_name(name)]
 
     def _records(self, run_id: str) -> Iterator[CheckpointRecord]:
-        def read(place: tuple[Kind, str]) -> CheckpointRecord | None:
-            pointer = self._read_pointer(run_id, *place)
-            return None if pointer is None else self._record(run_id, *place, pointer)
+        def read(place: tuple[Kind, str]) -> Pointer | None:
+            return self._read_pointer(run_id, *place)
 
-        places = [(kind, name) for kind in KINDS for name in self._pointer_names(run_id, kind)]
-        return (record for record in self._readable(read, places) if record is not None)
+        names = self._readable(lambda kind: [(kind, name) for name in self._pointer_names(run_id, kind)], KINDS)
+        places = [place for of_kind in names for place in of_kind]
+        return (pointer.record for pointer in self._readable(read, places) if pointer is not None)
 
     def _readable(self, read: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
-        """One damaged record must not hide the others; it is logged and left out."""
+        """One record that cannot be read must not hide the others; it is logged and left out."""
         for key in keys:
             try:
                 yield read(key)
-            except _DamagedError as error:
+            except StorageError as error:
                 _log.warning("%s", error)
 
     def _refuse_taken(self, run_id: str, kind: Kind, name: str) -> None:
@@ -458,9 +444,9 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _replace(self, file: epath.Path, value: Mapping[str, Any], scratch: epath.Path) -> None:
-        """Writes a small JSON file in one step: temporary file and rename on a disk, one put elsewhere."""
-        text = json.dumps(value, indent=1)
+    def _replace(self, file: epath.Path, fields: Mapping[str, Any], scratch: epath.Path) -> None:
+        """Writes a record in one step: temporary file and rename on a disk, one put elsewhere."""
+        text = json.dumps(seal(fields), indent=1)
         if not self._local:
             file.write_text(text)
             return
@@ -498,22 +484,54 @@ class Store:
         return size
 
     def _collect(self, run_id: str) -> None:
-        """Removes expired checkpoints and old orphans of a run, as far as the storage allows."""
+        """Removes a run's expired checkpoints, superseded data and old orphans, as far as the storage allows."""
         with contextlib.suppress(OSError), self._locked(run_id):
             for kind in KINDS:
-                live = set()
-                for name in self._pointer_names(run_id, kind):
-                    pointer = self._read_pointer(run_id, kind, name)
-                    if pointer is not None:
-                        live.add(pointer["data"])
-                        continue
-                    stale = self._read_pointer(run_id, kind, name, expired=True)
-                    self._pointer(run_id, kind, name).unlink(missing_ok=True)
-                    if stale is not None:
-                        _remove(self._data_directory(run_id, kind) / stale["data"])
-                for name in self._names(self._data_directory(run_id, kind)):
-                    if name not in live and _is_old(name):
-                        _remove(self._data_directory(run_id, kind) / name)
+                self._collect_kind(run_id, kind)
+
+    def _collect_kind(self, run_id: str, kind: Kind) -> None:
+        live, gone, whole = set(), set(), True
+        for name in self._pointer_names(run_id, kind):
+            try:
+                pointer = self._read_pointer(run_id, kind, name, expired=True)
+            except StorageError:
+                whole = False
+                continue
+            if pointer is None:
+                continue
+            if _expired(pointer):
+                self._pointer(run_id, kind, name).unlink(missing_ok=True)
+                gone |= {pointer.data, *pointer.superseded}
+            else:
+                live.add(pointer.data)
+                for data, until in pointer.superseded.items():
+                    (live if until > _now() else gone).add(data)
+        if whole:  # else an orphan may be what a damaged record points to
+            gone |= {name for name in self._names(self._data_directory(run_id, kind)) if _is_old(name)}
+        for name in gone - live:
+            _remove(self._data_directory(run_id, kind) / name)
+
+
+@contextlib.contextmanager
+def _naming(file: epath.Path) -> Iterator[None]:
+    """Turns what is wrong with the content of a record into a StorageError that names the file."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{file} is damaged: {error}. {_REMEDY}") from error
+
+
+def _expired(pointer: Pointer) -> bool:
+    expires_at = pointer.record.expires_at
+    return expires_at is not None and expires_at <= _now()
+
+
+def _superseded(old: Pointer, now: datetime) -> list[dict[str, str]]:
+    """What a pointer that replaces `old` keeps for readers."""
+    kept = {data: until for data, until in old.superseded.items() if until > now}
+    if not _expired(old):
+        kept[old.data] = now + SUPERSEDED_AGE
+    return [{"data": data, "until": until.isoformat()} for data, until in kept.items()]
 
 
 def _is_old(data_name: str) -> bool:
@@ -545,5 +563,5 @@ def _fsync_directory(directory: Path) -> None:
 
 def _suggest(wanted: str, known: Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.5) or known[:5]
+    near = difflib.get_close_matches(wanted[:_LONGEST], known, n=5, cutoff=0.5) or known[:5]
     return f" Did you mean: {', '.join(near)}?" if near else " There is none yet."

@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tinker_jax.checkpoints.hub import DOWNLOAD_AGAIN, read_json
+from tinker_jax.checkpoints.json_files import quoted
 from tinker_jax.types.errors import NotFoundError, StorageError, UnsupportedError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,6 +35,9 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Bytes of a header at most, as in safetensors itself: a damaged length must not have gigabytes read as JSON.
+_MOST_HEADER = 100_000_000
+_SHARD = re.compile(r"[\w-][\w.-]{0,240}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class TensorEntry:
         """
         if self.dtype not in DTYPES:
             raise UnsupportedError(
-                f"tensor {self.name!r} in {self.file} is stored as {self.dtype}; supported are {', '.join(DTYPES)}. "
+                f"tensor {self.name!r} in {self.file} is stored as {self.dtype[:20]}; supported are {', '.join(DTYPES)}. "
                 "Use the model's bf16 checkpoint."
             )
         return DTYPES[self.dtype]
@@ -88,7 +95,7 @@ class TensorEntry:
                 while left:
                     data = file.read(min(size, left))
                     if not data:
-                        raise StorageError(f"{self.file} ends within tensor {self.name!r}; download it again.")
+                        raise StorageError(f"{self.file} ends within tensor {self.name!r}. {DOWNLOAD_AGAIN}")
                     left -= len(data)
                     yield data
         except StorageError:
@@ -102,36 +109,61 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
     Raises:
         NotFoundError: no such file.
-        StorageError: not a whole safetensors file.
+        StorageError: not a whole safetensors file: as the format demands, tensors fill what follows the header without gap or
+            overlap, and each has the bytes that its shape and dtype need.
     """
     try:
         size = os.path.getsize(file)
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            header = handle.read(length) if length <= size - 8 else b""
+            if not 0 < length <= min(size - 8, _MOST_HEADER):
+                raise _damaged(file, f"its header is said to have {length} bytes, of {size} in the file")
+            header = handle.read(length)
+    except StorageError:
+        raise
     except FileNotFoundError as error:
         raise NotFoundError(f"{file} does not exist; is the download complete?") from error
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror or error}.") from error
-    base = 8 + length
-    entries = {}
     try:
         parsed = json.loads(header)
-        parsed.pop("__metadata__", None)
-        for name, spec in parsed.items():
-            start, stop = spec["data_offsets"]
-            entries[name] = TensorEntry(name, file, spec["dtype"], tuple(spec["shape"]), base + start, base + stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{file} is damaged: no valid safetensors header. Download it again.") from error
-    for entry in entries.values():
-        dtype = DTYPES.get(entry.dtype)
-        if entry.start > entry.stop or (dtype and math.prod(entry.shape) * dtype.itemsize != entry.nbytes):
-            raise StorageError(
-                f"{file} is damaged: tensor {entry.name!r} has {entry.nbytes} bytes for shape {list(entry.shape)}."
-            )
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, "no valid safetensors header") from error
+    if not isinstance(parsed, dict):
+        raise _damaged(file, "no valid safetensors header")
+    parsed.pop("__metadata__", None)
+    base = 8 + length
+    entries = sorted((_entry(file, name, spec, base) for name, spec in parsed.items()), key=lambda one: (one.start, one.stop))
+    end = base
+    for entry in entries:
         if entry.stop > size:
-            raise StorageError(f"{file} is damaged: it ends within tensor {entry.name!r} ({size} bytes). Download it again.")
-    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+            raise _damaged(file, f"it ends within tensor {quoted(entry.name)} ({size} bytes)")
+        if entry.start != end:
+            raise _damaged(file, f"tensor {quoted(entry.name)} begins at byte {entry.start}, where {end} was expected")
+        end = entry.stop
+    if end != size:
+        raise _damaged(file, f"its tensors end at byte {end} of {size}")
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(file: Path, name: str, spec: object, base: int) -> TensorEntry:
+    fields = spec if isinstance(spec, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(file, f"tensor {quoted(name)} is described as {quoted(spec)}")
+    start, stop = offsets
+    known = DTYPES.get(dtype)
+    if start > stop or (known is not None and math.prod(shape) * known.itemsize != stop - start):
+        raise _damaged(file, f"tensor {quoted(name)} has bytes {start} to {stop} for shape {quoted(shape)} of {quoted(dtype)}")
+    return TensorEntry(name, file, dtype, tuple(shape), base + start, base + stop)
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _damaged(file: Path, why: str) -> StorageError:
+    return StorageError(f"{file} is damaged: {why}. {DOWNLOAD_AGAIN}")
 
 
 def read_index(directory: Path) -> dict[str, TensorEntry]:
@@ -147,26 +179,25 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
             return read_header(directory / SINGLE_FILE)
         torch_only = " It has PyTorch .bin weights; convert them to safetensors." if list(directory.glob("*.bin")) else ""
         raise NotFoundError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}.{torch_only}")
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except OSError as error:
-        raise StorageError(f"cannot read {index}: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{index} is damaged: {error!r}.") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise _damaged(index, f"weight_map: expected an object of file names, got {quoted(weight_map)}")
     entries: dict[str, TensorEntry] = {}
-    for shard in shards:
-        if os.path.basename(shard) != shard:
-            raise StorageError(f"{index} names the shard {shard!r}, which is not a plain file name.")
+    for shard in sorted(set(weight_map.values())):
+        if not _SHARD.fullmatch(shard):
+            raise StorageError(f"{index} names the shard {quoted(shard)}, which is not a plain file name. {DOWNLOAD_AGAIN}")
         if not (directory / shard).exists():
             lost = [name for name, file in weight_map.items() if file == shard]
             raise NotFoundError(
-                f"{directory} lacks its shard {shard}, which holds {lost[0]!r} and {len(lost) - 1} more tensors."
+                f"{directory} lacks its shard {shard}, which holds {quoted(lost[0])} and {len(lost) - 1} more tensors."
             )
-        entries |= read_header(directory / shard)
+        found = read_header(directory / shard)
+        entries |= {name: entry for name, entry in found.items() if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
         if name not in entries:
-            raise StorageError(f"{index} places tensor {name!r} in {shard}, but that file does not hold it.")
+            raise StorageError(
+                f"{index} places tensor {quoted(name)} in {shard}, but that file does not hold it. {DOWNLOAD_AGAIN}"
+            )
     return entries
 
 

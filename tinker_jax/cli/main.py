@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import io
 import json
 import os
 import sys
@@ -27,6 +28,8 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, or 2 after an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and metadata may hold what the terminal cannot show
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tinker-jax", description=_DESCRIPTION)
     _shared_options(parser, format="table", home=None)
+    parser.add_argument("--version", action="version", version=tinker_jax.__version__)
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(where: Any, name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:

@@ -25,8 +25,8 @@ import numpy as np
 from tinker_jax import lora as lora_lib
 from tinker_jax import memory, sharding
 from tinker_jax.checkpoints.hf_import import load_base
-from tinker_jax.checkpoints.hub import resolve
-from tinker_jax.checkpoints.state import load_adapter, save_adapter
+from tinker_jax.checkpoints.hub import resolve, verify_download
+from tinker_jax.checkpoints.state import MismatchError, load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.model_files import Text, read_config, stop_ids
@@ -136,13 +136,14 @@ class Engine:
         self._store = Store(self.config.home)
         keep_compiled(self._store.home)  # before anything compiles
         directory = resolve(self.base_model)
-        cfg = read_config(directory)
+        cfg, stops = read_config(directory), stop_ids(directory)
         mesh = sharding.make_mesh(self.config.mesh)
         dtype = jnp.dtype(self.config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         table = weights(cfg)
         for weight in table:
             sharding.check_divisible(weight.hf, weight.full_shape, weight.full_axes, mesh)
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
+        verify_download(directory, self._store.home / "verified")
         params = load_base(directory, table, dtype, shardings)
         budget = self.config.memory or memory.device_bytes()
         plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape, mesh.devices.flat[0].platform)
@@ -154,7 +155,7 @@ class Engine:
             dtype=dtype,
             kv_bytes=plan.kv_bytes,
             unstack=plan.unstack,
-            stop_ids=stop_ids(directory),
+            stop_ids=stops,
             decode_text=Text(directory),
             deterministic=self.config.deterministic,
         )
@@ -255,7 +256,7 @@ class Engine:
         """Names checkpoint and base model where their shapes differ."""
         try:
             yield
-        except UnprocessableEntityError as error:
+        except MismatchError as error:
             raise UnprocessableEntityError(
                 f"{record.path} was trained on {record.base_model!r} and does not fit {self.base_model!r}: {error}"
             ) from error

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinker_jax.checkpoints.hub import load_tokenizer
+from tinker_jax.checkpoints.hub import load_tokenizer, read_json
 from tinker_jax.models.config import DecoderConfig, parse
-from tinker_jax.types.errors import BadRequestError, NotFoundError
+from tinker_jax.types import _check
+
+_MOST_ID = 2**31 - 1  # token ids are int32
 
 
 def read_config(directory: Path) -> DecoderConfig:
     """Shape of the model, from config.json.
 
     Raises:
-        NotFoundError, BadRequestError: there is none, or it is not JSON.
+        NotFoundError: there is none.
+        StorageError: it is damaged.
+        BadRequestError, UnsupportedError: a value; see `parse`.
     """
-    file = directory / "config.json"
-    try:
-        return parse(json.loads(file.read_text()))
-    except FileNotFoundError:
-        raise NotFoundError(f"{directory} has no config.json; is it a Hugging Face model directory?") from None
-    except json.JSONDecodeError as error:
-        raise BadRequestError(f"{file} is not valid JSON: {error}.") from None
+    return parse(read_json(directory / "config.json"))
 
 
 def stop_ids(directory: Path) -> tuple[int, ...]:
-    """The model's end-of-sequence ids: generation_config.json, else config.json."""
+    """The model's end-of-sequence ids: generation_config.json, else config.json.
+
+    Raises:
+        StorageError: a file is damaged.
+        BadRequestError: `eos_token_id` is no token id, and no list of these.
+    """
     for name in ("generation_config.json", "config.json"):
-        file = directory / name
-        if file.exists() and (eos := json.loads(file.read_text()).get("eos_token_id")) is not None:
-            return tuple(eos) if isinstance(eos, list) else (int(eos),)
+        if (directory / name).exists() and (eos := read_json(directory / name).get("eos_token_id")) is not None:
+            ids = eos if isinstance(eos, list) else [eos]
+            return tuple(_check.integer(i, f"{name}: eos_token_id", minimum=0, maximum=_MOST_ID) for i in ids)
     return ()
 
 

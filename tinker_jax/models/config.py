@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinker_jax.types import _check
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 
@@ -45,13 +46,37 @@ class DecoderConfig:
     context_length: int
 
 
+#: Indices are int32. Names are made for each layer, and tables for each page of a context, before a file could disagree.
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000
+_MOST_CONTEXT = 2**27
+
+
+def _size(cfg: Mapping[str, Any], key: str, most: int = _MOST) -> int:
+    return _check.integer(cfg[key], f"config.json: {key}", minimum=1, maximum=most)
+
+
+def _number(cfg: Mapping[str, Any], key: str) -> float:
+    return _check.real(cfg[key], f"config.json: {key}", above=0)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else type(value).__name__
+
+
 def _rope(cfg: Mapping[str, Any]) -> Rope:
     # transformers 5 writes rope_parameters; files of transformers 4 have rope_theta and rope_scaling.
-    params = dict(cfg.get("rope_parameters") or cfg.get("rope_scaling") or {})
+    params: Mapping[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = cfg.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise _check.refuse(f"config.json: {key}", "an object or null", value)
+        params = params or value or {}
     kind = params.get("rope_type", params.get("type", "default"))
-    theta = float(params.get("rope_theta", cfg.get("rope_theta", 10000.0)))
+    theta = _number({"rope_theta": 10000.0, **cfg, **params}, "rope_theta")
     if (part := params.get("partial_rotary_factor", cfg.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise UnsupportedError(f"config.json: partial_rotary_factor={part} is not supported; only 1.0 is.")
+        raise UnsupportedError(f"config.json: partial_rotary_factor={_shown(part)} is not supported; only 1.0 is.")
     if kind == "default":
         return Rope(theta)
     if kind == "llama3":
@@ -59,10 +84,10 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
             rope = Rope(
                 theta,
                 kind="llama3",
-                factor=float(params["factor"]),
-                low_freq_factor=float(params["low_freq_factor"]),
-                high_freq_factor=float(params["high_freq_factor"]),
-                original_max_position=int(params["original_max_position_embeddings"]),
+                factor=_number(params, "factor"),
+                low_freq_factor=_number(params, "low_freq_factor"),
+                high_freq_factor=_number(params, "high_freq_factor"),
+                original_max_position=_size(params, "original_max_position_embeddings"),
             )
         except KeyError as missing:
             raise BadRequestError(f"config.json: llama3 rope scaling lacks {missing}.") from None
@@ -72,7 +97,7 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
             )
         return rope
     raise UnsupportedError(
-        f"config.json: rope scaling {kind!r} is not supported; supported are 'default' and 'llama3'. "
+        f"config.json: rope scaling {_shown(kind)} is not supported; supported are 'default' and 'llama3'. "
         "Remove it from config.json if your sequences stay within the original context."
     )
 
@@ -83,12 +108,17 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, head_dim: i
     def require(key: str, supported: Any, default: Any) -> None:
         value = cfg.get(key, default)
         if value != supported:
-            raise UnsupportedError(f"config.json: {key}={value!r} is not supported for {model_type}; only {supported!r} is.")
+            raise UnsupportedError(
+                f"config.json: {key}={_shown(value)} is not supported for {model_type}; only {supported!r} is."
+            )
 
-    def need(key: str) -> int:
+    def need(key: str, most: int = _MOST) -> int:
         if cfg.get(key) is None:
             raise BadRequestError(f"config.json: {key} is missing; a {model_type} model needs it.")
-        return int(cfg[key])
+        return _size(cfg, key, most)
+
+    def maybe(key: str) -> int | None:
+        return None if cfg.get(key) is None else _size(cfg, key)
 
     require("hidden_act", "silu", "silu")
     require("mlp_bias", False, False)
@@ -99,10 +129,14 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, head_dim: i
     if "quantization_config" in cfg:
         raise UnsupportedError("config.json: quantised checkpoints are not supported; use the bf16 checkpoint.")
     width, heads = need("hidden_size"), need("num_attention_heads")
-    kv_heads = int(cfg.get("num_key_value_heads") or heads)
+    kv_heads = maybe("num_key_value_heads") or heads
     if heads % kv_heads:
         raise BadRequestError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}.")
-    head_dim = int(cfg.get("head_dim") or head_dim or width // heads)
+    head_dim = maybe("head_dim") or head_dim
+    if head_dim is None:
+        if width % heads:
+            raise BadRequestError(f"config.json: hidden_size={width} is no multiple of num_attention_heads={heads}.")
+        head_dim = width // heads
     if head_dim % 2:
         raise UnsupportedError(f"config.json: head_dim={head_dim} is odd; rotary embedding needs an even width.")
     return DecoderConfig(
@@ -110,16 +144,16 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, head_dim: i
         V=need("vocab_size"),
         D=width,
         F=need("intermediate_size"),
-        L=need("num_hidden_layers"),
+        L=need("num_hidden_layers", _MOST_LAYERS),
         N=heads,
         K=kv_heads,
         H=head_dim,
         rope=_rope(cfg),
-        norm_eps=float(cfg.get("rms_norm_eps", 1e-6)),
-        tied=bool(cfg.get("tie_word_embeddings", False)),
+        norm_eps=_number({"rms_norm_eps": 1e-6, **cfg}, "rms_norm_eps"),
+        tied=_check.boolean(cfg.get("tie_word_embeddings", False), "config.json: tie_word_embeddings"),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        context_length=int(cfg.get("max_position_embeddings", 2048)),
+        context_length=_size({"max_position_embeddings": 2048, **cfg}, "max_position_embeddings", _MOST_CONTEXT),
     )
 
 
@@ -139,5 +173,7 @@ def parse(cfg: Mapping[str, Any]) -> DecoderConfig:
     """
     model_type = str(cfg.get("model_type"))
     if model_type not in _FAMILIES:
-        raise UnsupportedError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}.")
+        raise UnsupportedError(
+            f"config.json: model_type {_shown(model_type)} is not supported; supported: {', '.join(_FAMILIES)}."
+        )
     return _FAMILIES[model_type](cfg)

@@ -25,16 +25,17 @@ def _show(value: object) -> str:
     return f"{type(value).__name__} {text}" if len(text) <= 80 else type(value).__name__
 
 
-def integer(value: Any, field: str, *, minimum: int | None = None) -> int:
-    """An int of at least `minimum`, from any whole number (Python or numpy, never bool)."""
-    expected = "an integer" if minimum is None else f"an integer >= {minimum}"
+def integer(value: Any, field: str, *, minimum: int | None = None, maximum: int | None = None) -> int:
+    """An int from `minimum` to `maximum`, from any whole number (Python or numpy, never bool)."""
+    bounds = " and ".join(f"{sign} {bound}" for sign, bound in ((">=", minimum), ("<=", maximum)) if bound is not None)
+    expected = f"an integer {bounds}".rstrip()
     if isinstance(value, bool):
         raise refuse(field, expected, value)
     try:
         number = operator.index(int(value) if _is_whole_float(value) else value)
     except TypeError:
         raise refuse(field, expected, value) from None
-    if minimum is not None and number < minimum:
+    if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
         raise refuse(field, expected, value)
     return number
 
@@ -61,7 +62,7 @@ def real(
         raise refuse(field, expected, value)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last for integers beyond float64
         raise refuse(field, expected, value) from None
     within = (
         math.isfinite(number)
