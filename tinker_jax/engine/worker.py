@@ -152,7 +152,8 @@ class Worker:
         self._unread: collections.deque[_Request] = collections.deque()  # dispatched, in order
         self._unreadable: BaseException | None = None  # why the first of these failed; the reader waits until it is seen to
         self._busy = False
-        self._lead = 0.0  # seconds that the background has had more than the requests under way
+        self._asked: float | None = None  # since when the background has work, or is about to be given some
+        self._lead = 0.0  # seconds that the background has had more than the requests under way, while it had work
         self._closing = False
         self._ended = False
         self._start, self._background, self._context, self._stop = start, background, context, stop
@@ -205,6 +206,8 @@ class Worker:
                 if self._closing:
                     raise RuntimeError("the engine is closed.")
                 self._inbox.append(request)
+                if request.handed_over and self._asked is None:
+                    self._asked = self._clock()
                 self._wake.notify_all()
                 return request.future
         request.future.set_exception(self._failure)
@@ -286,7 +289,11 @@ class Worker:
                         gather_until = time.monotonic() + _GATHER_MOST_SECONDS
                     self._busy = True
                     continue
+            sampled = self._busy
             self._turn()
+            if sampled and not self._busy and self._under_way and self._lead <= 0:
+                # Whoever got the last samples may ask for the next at once: not a whole turn later.
+                gather_until = time.monotonic() + _GATHER_SECONDS
         for request in self._under_way:
             self._interrupt(request)
             _close(request)
@@ -294,19 +301,21 @@ class Worker:
 
     def _turn(self) -> None:
         """One turn of the background or of a request under way: while both have work, of the one that had less time."""
-        both, start = self._busy and bool(self._under_way), self._clock()
-        background = self._busy and (not self._under_way or self._lead <= 0)
-        if background:
+        start, shared = self._clock(), bool(self._under_way)
+        if self._busy and (not shared or self._lead <= 0):
             try:
                 self._busy = self._background()
             except BaseException:
                 logger.exception("background work failed")
                 self._busy = False
-        elif self._under_way:
+            self._lead = self._lead + self._clock() - start if shared else 0.0
+            if not self._busy:
+                self._asked = None
+        elif shared:
             self._under_way.rotate(-1)
             self._advance(self._under_way[-1])
-        took = self._clock() - start
-        self._lead = (self._lead + took if background else self._lead - took) if both else 0.0
+            asked = self._asked
+            self._lead = 0.0 if asked is None else self._lead - (self._clock() - max(start, asked))
 
     # ---- the queue; with the lock ----
 
