@@ -10,7 +10,7 @@ from tinker_jax.api.client_future import BackcompatClientFuture
 from tinker_jax.api.deprecation import final_twin, future_twin
 from tinker_jax.api.door import base_model_name, tokenizer_of
 from tinker_jax.api.futures import APIFuture, Derived, DerivedAPIFuture
-from tinker_jax.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
+from tinker_jax.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData, _check
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class SamplingClient:
         self._requests = itertools.count()
         session.samplers[sampler_id] = self
         session.adopt(self, engine.release, sampler_id)
+
+    def __repr__(self) -> str:
+        weights = "" if self._model_path is None else f", weights {self._model_path!r}"
+        what = f"{self._info.name!r}{weights}, sampler_id {self._sampler_id!r}, {self._session.state}"
+        return f"<tinker_jax.SamplingClient of {what}>"
 
     def sample(
         self,
@@ -73,7 +78,7 @@ class SamplingClient:
             sampling_params=sampling_params,
             sampling_session_id=self._sampler_id,
             seq_id=next(self._requests),
-            prompt_logprobs=bool(include_prompt_logprobs),
+            prompt_logprobs=_check.boolean(include_prompt_logprobs, "include_prompt_logprobs"),
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
             target_prompt_logprobs=target_prompt_logprobs,
@@ -142,13 +147,14 @@ def warm_up(client: SamplingClient, adapters: int = 1) -> APIFuture[int]:
         Number of compiled programs.
 
     Raises:
-        BadRequestError: `adapters` is no positive int.
+        BadRequestError: `client` is no SamplingClient, or `adapters` no positive integer.
     """
     if isinstance(client, BackcompatSamplingClientFuture):
         client = client.result()
+    if not isinstance(client, SamplingClient):
+        raise _check.refuse("client", "a SamplingClient", client)
     client._session.require_open()
-    if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
-        raise BadRequestError(f"adapters: expected an int >= 1, got {adapters!r}")
+    adapters = _check.integer(adapters, "adapters", minimum=1)
     future = client._session.track(client._engine.warm_up(client._sampler_id, adapters), client)
     return DerivedAPIFuture(lambda programs: programs, future)
 
@@ -172,7 +178,7 @@ def open_sampling_client(session: Session, model_path: str | None, base_model: s
     if model_path is None and base_model is None:
         raise BadRequestError("create_sampling_client needs model_path, base_model or both")
     if model_path is not None:
-        record = session.store.get(model_path)
+        record = session.store.get(_check.name(model_path, "model_path"))
         base_model = record.base_model if base_model is None else base_model
     engine = session.engine(base_model_name(base_model))
     sampler_id = session.next_sampler_id()

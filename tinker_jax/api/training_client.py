@@ -28,9 +28,10 @@ from tinker_jax.types import (
     SamplingClientKind,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
+    _check,
 )
 from tinker_jax.types.coerce import looks_like
-from tinker_jax.types.errors import BadRequestError, UnsupportedError
+from tinker_jax.types.errors import ArgumentTypeError, BadRequestError, UnsupportedError
 from tinker_jax.types.training import as_optim_params
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class TrainingClient:
         self.model_id = model_id
         self._session, self._engine, self._info, self._lora = session, engine, info, lora
         session.adopt(self, engine.release, model_id)
+
+    def __repr__(self) -> str:
+        what = f"{self._info.name!r}, rank {self._lora.rank}, model_id {self.model_id!r}, {self._session.state}"
+        return f"<tinker_jax.TrainingClient of {what}>"
 
     def forward(
         self, data: list[Datum], loss_fn: LossFnType, loss_fn_config: Mapping[str, float | str] | None = None
@@ -86,10 +91,11 @@ class TrainingClient:
         self, data: Any, loss_fn: str, loss_fn_config: Mapping[str, float | str] | None, *, backward: bool
     ) -> APIFuture[ForwardBackwardOutput]:
         self._session.require_open()
-        if loss_fn == "custom":
+        if isinstance(loss_fn, str) and loss_fn == "custom":
             raise UnsupportedError("loss_fn 'custom' names an uploaded loss; pass a callable to forward_backward_custom()")
         batch = training_data(data)
-        return self._submit(self._engine.forward_backward(self.model_id, batch, loss_fn, loss_fn_config, backward=backward))
+        config = dict(loss_fn_config) if isinstance(loss_fn_config, Mapping) else loss_fn_config  # its own, as the data are
+        return self._submit(self._engine.forward_backward(self.model_id, batch, loss_fn, config, backward=backward))
 
     def forward_backward_custom(
         self,
@@ -117,8 +123,7 @@ class TrainingClient:
         """
         self._session.require_open()
         if loss_type_input is not None:
-            if loss_type_input != "logprobs":
-                raise BadRequestError(f"loss_type_input: expected 'logprobs', got {loss_type_input!r}")
+            _check.one_of(loss_type_input, ("logprobs",), "loss_type_input")
             warnings.warn(
                 "loss_type_input is deprecated in the Tinker API and has no effect; leave it out",
                 DeprecationWarning,
@@ -146,7 +151,7 @@ class TrainingClient:
             adam_params: the older name of `optim_params`.
 
         Raises:
-            TypeError: neither, or not AdamParams. ValueError: both.
+            ArgumentTypeError: neither, or not AdamParams (also a TypeError). BadRequestError: both.
             UnsupportedError: DimuonParams.
         """
         self._session.require_open()
@@ -154,7 +159,7 @@ class TrainingClient:
             raise BadRequestError("optim_step: give optim_params or adam_params, not both")
         given = optim_params if optim_params is not None else adam_params
         if given is None:
-            raise TypeError("optim_step: optim_params is missing; pass AdamParams(learning_rate=...)")
+            raise ArgumentTypeError("optim_step: optim_params is missing; pass AdamParams(learning_rate=...)")
         params = as_optim_params(given)
         if not isinstance(params, AdamParams):
             raise UnsupportedError("optim_step: Dimuon is not available: its mathematics is unpublished; use AdamParams")
@@ -181,13 +186,13 @@ class TrainingClient:
             `.path` is `tinker://<model_id>/weights/<name>`.
         """
         self._session.require_open()
-        check_save(name, ttl_seconds, user_metadata)
+        ttl_seconds, user_metadata = check_save(name, ttl_seconds, user_metadata)
         future = self._engine.save_state(
             self.model_id,
             self.model_id,
             name,
             ttl_seconds=ttl_seconds,
-            overwrite=overwrite,
+            overwrite=_check.boolean(overwrite, "overwrite"),
             user_metadata=user_metadata,
         )
         return self._response(future, lambda path: SaveWeightsResponse(path=path, type="save_weights"))
@@ -212,7 +217,7 @@ class TrainingClient:
 
     def _load(self, path: str, *, with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
         self._session.require_open()
-        self._session.store.get(path, kinds=_loadable(with_optimizer))
+        self._session.store.get(_check.name(path, "path"), kinds=_loadable(with_optimizer))
         future = self._engine.load_adapter(self.model_id, path, with_optimizer=with_optimizer, create=False)
         return self._response(future, lambda _: LoadWeightsResponse(path=path, model_id=self.model_id, type="load_weights"))
 
@@ -222,7 +227,7 @@ class TrainingClient:
         """Saves the adapter alone, to sample from. Arguments as `save_state`; `.path` is
         `tinker://<model_id>/sampler_weights/<name>`."""
         self._session.require_open()
-        check_save(name, ttl_seconds, user_metadata)
+        ttl_seconds, user_metadata = check_save(name, ttl_seconds, user_metadata)
         future = self._engine.save_sampler(
             self.model_id, self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
         )
@@ -261,6 +266,7 @@ class TrainingClient:
             BadRequestError: another `kind`.
         """
         self._session.require_open()
+        _check.one_of(kind, ("snapshot", "inflight"), "kind")
         if name is not None:
             warnings.warn(
                 "save_weights_and_get_sampling_client(name=...) is deprecated in the Tinker API and has no effect; "
@@ -268,8 +274,6 @@ class TrainingClient:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        if kind not in ("snapshot", "inflight"):
-            raise BadRequestError(f"kind: expected 'snapshot' or 'inflight', got {kind!r}")
         sampler_id = self._session.next_sampler_id()
         snapshot = self._track(self._engine.snapshot(self.model_id, sampler_id, inflight=kind == "inflight"))
         return sampling_client_of(self._session, self._engine, sampler_id, snapshot)
@@ -334,7 +338,7 @@ def open_training_client(
 ) -> BackcompatTrainingClientFuture:
     """A client of a fresh adapter."""
     session.require_open()
-    check_metadata(user_metadata)
+    user_metadata = check_metadata(user_metadata)
     engine = session.engine(base_model_name(base_model))
     model_id = session.next_model_id()
     ready = engine.create_adapter(model_id, lora)
@@ -346,8 +350,8 @@ def restore_training_client(
 ) -> BackcompatTrainingClientFuture:
     """A client, and so a run, of its own that starts from a checkpoint."""
     session.require_open()
-    check_metadata(user_metadata)
-    record = session.store.get(path, kinds=_loadable(with_optimizer))
+    user_metadata = check_metadata(user_metadata)
+    record = session.store.get(_check.name(path, "path"), kinds=_loadable(with_optimizer))
     engine = session.engine(base_model_name(record.base_model if base_model is None else base_model))
     model_id = session.next_model_id()
     ready = engine.load_adapter(model_id, path, with_optimizer=with_optimizer, create=True)

@@ -12,7 +12,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from tinker_jax.training.pending import Pending
 from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.training.validate import check_data
 from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
-from tinker_jax.types.errors import NotFoundError, UnprocessableEntityError
+from tinker_jax.types.errors import NotFoundError, StateError, UnprocessableEntityError
 
 if TYPE_CHECKING:
     from tinker_jax.types import AdamParams, SampleRequest, SampleResponse
@@ -120,7 +120,7 @@ class Engine:
         return self._worker.failure is not None
 
     def close(self) -> None:
-        """Ends the worker thread and frees the device memory; later requests raise RuntimeError."""
+        """Ends the worker thread and frees the device memory; later requests raise StateError."""
         self._worker.close()
 
     # ---- loading, on the worker ----
@@ -190,11 +190,15 @@ class Engine:
         self._inflight.clear()
         self._params.clear()  # the one dict that trainer and sampler share: clients may hold on to this engine for long
 
+    def _submit(self, lane: Hashable, run: Callable[[], Any], **options: Any) -> Future[Any]:
+        with _refusals():
+            return self._worker.submit(lane, run, **options)
+
     # ---- adapters ----
 
     def info(self) -> Future[ModelInfo]:
         """Facts about the base model, once it is loaded."""
-        return self._worker.submit("info", lambda: self._info)
+        return self._submit("info", lambda: self._info)
 
     def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[LoraConfig]:
         """Makes a fresh adapter; without a seed it draws one, which the result tells."""
@@ -204,7 +208,7 @@ class Engine:
             self._adapters[model_id] = self._trainer.new_adapter(lora, seed)
             return dataclasses.replace(lora, seed=seed)
 
-        return self._worker.submit(model_id, run)
+        return self._submit(model_id, run)
 
     def load_adapter(self, model_id: str, path: str, *, with_optimizer: bool, create: bool) -> Future[LoraConfig]:
         """Loads a checkpoint into an adapter, new with `create`; gradients are dropped, optimiser state restored or fresh."""
@@ -220,7 +224,7 @@ class Engine:
             self._adapters[model_id] = self._trainer.place(lora, params, opt)
             return lora
 
-        return self._worker.submit(model_id, run)
+        return self._submit(model_id, run)
 
     def release(self, name: str) -> None:
         """Forgets an adapter or a sampler's weights after what is queued for it. Idempotent, callable from anywhere."""
@@ -233,8 +237,8 @@ class Engine:
                 if name in followers:
                     followers.remove(name)
 
-        with contextlib.suppress(RuntimeError):  # closed already, which freed everything
-            self._worker.submit(name, run)
+        with contextlib.suppress(StateError):  # closed already, which freed everything
+            self._submit(name, run)
 
     def _adapter(self, model_id: str) -> AdapterState:
         try:
@@ -286,7 +290,7 @@ class Engine:
         def run() -> Pending[ForwardBackwardOutput]:
             return self._forward_backward(model_id, data, loss_fn, loss_fn_config, backward)
 
-        return self._worker.submit(model_id, run, overlaps=True)
+        return self._submit(model_id, run, overlaps=True)
 
     def _check(self, data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any] | None) -> None:
         info = self._info
@@ -337,7 +341,7 @@ class Engine:
             ]
             return self._forward_backward(model_id, weighted, "cross_entropy", None, True).finish(), loss, metrics
 
-        return self._worker.submit(model_id, forward)
+        return self._submit(model_id, forward)
 
     def optim_step(self, model_id: str, params: AdamParams) -> Future[OptimStepResponse]:
         """One AdamW step on the accumulated gradients.
@@ -353,7 +357,7 @@ class Engine:
         def run() -> Pending[OptimStepResponse]:
             return self._trainer.optim_step(self._adapter(model_id), params).then(response)
 
-        return self._worker.submit(model_id, run, overlaps=True)
+        return self._submit(model_id, run, overlaps=True)
 
     # ---- checkpoints ----
 
@@ -401,7 +405,7 @@ class Engine:
             logger.info("wrote %s (%.3g MB) in %.1f s", record.path, record.size_bytes / 1e6, time.perf_counter() - start)
             return record.path
 
-        return self._worker.submit(model_id, run)
+        return self._submit(model_id, run)
 
     # ---- sampling ----
 
@@ -423,7 +427,7 @@ class Engine:
                     self._sampler.replace(name, adapter)
                 followers.append(sampler_id)
 
-        return self._worker.submit(model_id, run, before=sampler_id)
+        return self._submit(model_id, run, before=sampler_id)
 
     def load_sampler(self, sampler_id: str, path: str | None) -> Future[None]:
         """Gives a checkpoint's weights, or with None the bare base model, to a sampler."""
@@ -439,7 +443,7 @@ class Engine:
             adapter = lora_lib.scaled(lora_lib.pad(params), lora_lib.scale(lora.rank))
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
 
-        return self._worker.submit(sampler_id, run)
+        return self._submit(sampler_id, run)
 
     def warm_up(self, sampler_id: str, adapters: int) -> Future[int]:
         """Compiles what sampling from so many adapters like the sampler's can need; the number of compiled programs."""
@@ -447,7 +451,7 @@ class Engine:
         def run() -> int:
             return self._sampler.warm_up(self._sampler_weights(sampler_id).adapter, adapters)
 
-        return self._worker.submit(sampler_id, run)
+        return self._submit(sampler_id, run)
 
     def _sampler_weights(self, sampler_id: str) -> _SamplerWeights:
         try:
@@ -467,7 +471,17 @@ class Engine:
             weights = self._sampler_weights(sampler_id)
             self._sampler.submit(checked, weights.key, weights.adapter, future)
 
-        return self._worker.hand_over(sampler_id, admit)
+        with _refusals():
+            return self._worker.hand_over(sampler_id, admit)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What the worker raises once it is closed, or in a forked process, as an error of the API."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StateError(str(error)) from None
 
 
 def _lora_of(record: CheckpointRecord) -> LoraConfig:
