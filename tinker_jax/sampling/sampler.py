@@ -132,7 +132,7 @@ class Sampler:
             BadRequestError: see `tinker_jax.sampling.requests.parse`; or a single sequence would never fit the cache's memory.
             UnsupportedError: a chunk that is not text.
         """
-        checked = parse(request, self._cfg, self._stop_ids)
+        checked = parse(request, self._cfg, self._stop_ids, self._pages * PAGE)
         if pages_for(checked.need) > self._pages:
             raise BadRequestError(
                 f"A prompt of {len(checked.prompt)} tokens with max_tokens={checked.max_tokens} needs "
