@@ -59,7 +59,8 @@ class SamplingClient:
         Args:
             prompt: at least one token, and within the model's context.
             num_samples: >= 1.
-            sampling_params: temperature, top-k, top-p, seed, stop rules, length.
+            sampling_params: `SamplingParams(max_tokens, seed, stop, temperature, top_k, top_p)`; without `max_tokens` it
+                goes on to a stop or the end of the context or the engine's cache.
             include_prompt_logprobs: also score the prompt.
             topk_prompt_logprobs: report the k likeliest tokens at each prompt position.
             topk_sample_logprobs: report the k likeliest tokens at each drawn position.
@@ -67,9 +68,25 @@ class SamplingClient:
             prompt_alt_tokens_k: draw k tokens at each prompt position after the first.
             prompt_logprobs_last_n: score only the last n prompt tokens.
 
+        Returns:
+            A future of a `SampleResponse`; of what was not asked for the fields are None:
+
+            sequences: `num_samples` of `SampledSequence`:
+                stop_reason: `"stop"` or `"length"`.
+                sequence_id: unique within the process.
+                tokens, tokens_np: ids, int32 [n], those that stopped it included.
+                logprobs, logprobs_np: float32 [n], of these tokens at the temperature, over the whole vocabulary, in nats.
+                topk_logprobs, topk_logprobs_np: likeliest tokens at each position: lists of (id, logprob); [n, k].
+            prompt_logprobs, prompt_logprobs_np: float32 [len(prompt)] at temperature 1; None and NaN at the first token.
+            topk_prompt_logprobs, topk_prompt_logprobs_np: likeliest tokens at each prompt position, in the same form.
+            target_prompt_logprobs: float32, laid out as the argument; 0 where it said -1.
+            prompt_cache_hit_tokens: prompt tokens that were not computed again.
+            prompt_alt_tokens: `tokens` int64 and `logprobs` float32, each [len(prompt) - 1, k].
+
         Raises:
-            BadRequestError: at the call, naming the argument.
-            UnsupportedError: an option the engine does not offer.
+            BadRequestError: at the call, naming the argument; once the model is loaded this goes for its limits too.
+            UnsupportedError: image or audio chunks.
+            StateError: the service client is closed.
         """
         self._session.require_open()
         request = SampleRequest(

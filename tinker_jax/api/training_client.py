@@ -65,7 +65,43 @@ class TrainingClient:
     def forward(
         self, data: list[Datum], loss_fn: LossFnType, loss_fn_config: Mapping[str, float | str] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """The loss and its per-token outputs, without a gradient. Arguments as `forward_backward`."""
+        """The loss, summed over tokens and datums, without a gradient.
+
+        Args:
+            data: at least one datum; copied, so it may change after the call. Its `loss_fn_inputs` have the shape of
+                `target_tokens`, which is [N] for the N tokens of `model_input` (under `cross_entropy` [N, K] too: K targets a
+                position). In brackets: may be left out.
+
+                cross_entropy: target_tokens, [weights]
+                importance_sampling: target_tokens, logprobs, advantages
+                ppo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                cispo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                dro: target_tokens, logprobs, advantages
+                gspo: target_tokens, logprobs, advantages, sequence_ratio_mask, [clip_low_threshold], [clip_high_threshold]
+                stable_reinforce: target_tokens, logprobs, advantages, [clip_high_threshold]
+
+                `target_tokens` are int64: the target of position i is the token after it. All others are float32.
+            loss_fn: one of these names; `docs/losses.md` has the formulas.
+            loss_fn_config: numbers of the loss, by name:
+
+                ppo: clip_low_threshold 0.8, clip_high_threshold 1.2
+                cispo: clip_low_threshold 0.0, clip_high_threshold 4.0
+                dro: beta 0.05
+                gspo: clip_low_threshold 0.9997, clip_high_threshold 1.0004
+                stable_reinforce: clip_high_threshold 4.0, kl_coeff 0.0
+
+        Returns:
+            A future of a `ForwardBackwardOutput`:
+
+            loss_fn_output_type: `"ArrayRecord"`.
+            loss_fn_outputs: one dict for each datum, in order; its `"logprobs"` is a float32 `TensorData` in the shape of
+                `target_tokens`, the log-probability of each target in nats.
+            metrics: floats under `name:reduction`; `loss:sum` always, others as the loss has them.
+
+        Raises:
+            BadRequestError: at the call, naming datum and field; nothing is queued.
+            StateError: the service client is closed.
+        """
         return self._pass(data, loss_fn, loss_fn_config, backward=False)
 
     forward_async = future_twin(forward)
@@ -76,12 +112,39 @@ class TrainingClient:
         """The loss, summed over tokens and datums; its gradient is added to what earlier calls left.
 
         Args:
-            data: at least one datum; copied, so it may change after the call.
-            loss_fn: name of the loss, which decides what each `loss_fn_inputs` must hold.
-            loss_fn_config: numbers of the loss, by name.
+            data: at least one datum; copied, so it may change after the call. Its `loss_fn_inputs` have the shape of
+                `target_tokens`, which is [N] for the N tokens of `model_input` (under `cross_entropy` [N, K] too: K targets a
+                position). In brackets: may be left out.
+
+                cross_entropy: target_tokens, [weights]
+                importance_sampling: target_tokens, logprobs, advantages
+                ppo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                cispo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                dro: target_tokens, logprobs, advantages
+                gspo: target_tokens, logprobs, advantages, sequence_ratio_mask, [clip_low_threshold], [clip_high_threshold]
+                stable_reinforce: target_tokens, logprobs, advantages, [clip_high_threshold]
+
+                `target_tokens` are int64: the target of position i is the token after it. All others are float32.
+            loss_fn: one of these names; `docs/losses.md` has the formulas.
+            loss_fn_config: numbers of the loss, by name:
+
+                ppo: clip_low_threshold 0.8, clip_high_threshold 1.2
+                cispo: clip_low_threshold 0.0, clip_high_threshold 4.0
+                dro: beta 0.05
+                gspo: clip_low_threshold 0.9997, clip_high_threshold 1.0004
+                stable_reinforce: clip_high_threshold 4.0, kl_coeff 0.0
+
+        Returns:
+            A future of a `ForwardBackwardOutput`:
+
+            loss_fn_output_type: `"ArrayRecord"`.
+            loss_fn_outputs: one dict for each datum, in order; its `"logprobs"` is a float32 `TensorData` in the shape of
+                `target_tokens`, the log-probability of each target in nats.
+            metrics: floats under `name:reduction`; `loss:sum` always, others as the loss has them.
 
         Raises:
             BadRequestError: at the call, naming datum and field; nothing is queued.
+            StateError: the service client is closed.
         """
         return self._pass(data, loss_fn, loss_fn_config, backward=True)
 
@@ -147,12 +210,21 @@ class TrainingClient:
         """One AdamW step along the accumulated gradient, which is zero afterwards.
 
         Args:
-            optim_params: hyperparameters of this step; they may differ from call to call.
+            optim_params: hyperparameters of this step, `AdamParams(learning_rate, beta1, beta2, eps, weight_decay,
+                grad_clip_norm)`; they may differ from call to call.
             adam_params: the older name of `optim_params`.
 
+        Returns:
+            A future of an `OptimStepResponse`:
+
+            metrics: `grad_norm:mean`, the global norm of the gradient before clipping.
+
         Raises:
-            ArgumentTypeError: neither, or not AdamParams (also a TypeError). BadRequestError: both.
+            ArgumentTypeError: neither, or not AdamParams (also a TypeError). BadRequestError: both, or beyond float32.
             UnsupportedError: DimuonParams.
+            StateError: the service client is closed.
+            From the future: BadRequestError where no gradient was accumulated, UnprocessableEntityError where it is not finite;
+            the step is not applied then.
         """
         self._session.require_open()
         if optim_params is not None and adam_params is not None:
