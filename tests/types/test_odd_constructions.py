@@ -46,6 +46,13 @@ IDS = named(
     *("UserList([1])", "deque([1])"),
 )
 STRINGS = named("['a']", "np.array(['a'])")
+NUMBERS = named(
+    *("np.array(True)", "torch.tensor(True)", "jnp.array(True)", "np.arange(3)", "np.array([0.5])", "np.array([1])"),
+    *("np.zeros((2, 2))", "np.zeros(0)", "np.array([True])", "np.uint8([1, 2])", "jnp.arange(3)", "jnp.ones((2, 2))"),
+    *("jnp.ones(2, jnp.bfloat16)", "torch.arange(3)", "torch.ones(2, dtype=torch.bfloat16)", "torch.ones(2, 2)"),
+    *("torch.ones(2) > 0", "[]", "[1]", "[1.5]", "[[1, 2], [3, 4]]", "nested(50)", "[0] * 100_000", "[2**63]"),
+    *("[-1]", "(1, 2)", "()", "range(3)", "deque([1])", "UserList([1])"),
+)
 
 #: By class: arguments that are right, and for each other argument the rule that says which odd values are right.
 FIELDS: dict[Callable[..., Any], tuple[Mapping[str, Any], Mapping[str, Rule]]] = {
@@ -104,6 +111,15 @@ FIELDS: dict[Callable[..., Any], tuple[Mapping[str, Any], Mapping[str, Rule]]] =
             "prompt_alt_tokens_k": whole(0),
             "record_stability_info": either(none, truth),
             "type": named("'sample'"),
+        },
+    ),
+    types.TensorData: (
+        {"data": [1.0, 2.0], "dtype": "float32"},
+        {
+            "data": lambda odd: none(odd) or odd.truth or _float(odd) or NUMBERS(odd),
+            "dtype": named("'float32'"),
+            "shape": either(none, named("(1, 2)", "np.uint8([1, 2])")),
+            "sparse_crow_indices": none,
         },
     ),
     types.EncodedTextChunk: ({"tokens": [1]}, {"tokens": TOKENS, "type": nothing}),
@@ -309,3 +325,11 @@ def test_every_field_takes_every_odd_value_or_refuses_it_by_name(make, field):
     for odd in ODD:
         arguments = {**right, field: odd.value}
         _compare(f"{make.__qualname__}({field}={odd.name})", rules[field](odd), lambda a=arguments: make(**a), field)
+
+
+def test_a_pad_value_is_an_integer_of_python_or_numpy():
+    sparse = TensorData([5.0], "float32", [1, 3], [0, 1], [1])
+    for odd in ODD:
+        value = odd.value
+        right = whole()(odd) and isinstance(value, (int, np.integer))
+        _compare(f"to_numpy({odd.name})", right, lambda value=value: sparse.to_numpy(value), "pad_value")

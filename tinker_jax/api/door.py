@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,19 +54,23 @@ def base_model_name(base_model: Any) -> str:
     """
     if not isinstance(base_model, str) or not base_model:
         raise _check.refuse("base_model", "a hub id, a local directory or an embedded model's name", base_model)
-    if base_model.startswith(EMBEDDED_PREFIX) or not (local := _directory(base_model)):
-        served = _SERVED.fullmatch(base_model)
-        return served[1] if served else base_model
-    return local
+    local = _directory(base_model)
+    if local is not None and not base_model.startswith(EMBEDDED_PREFIX):
+        return local
+    served = _SERVED.fullmatch(base_model)
+    return served[1] if served else base_model
 
 
-def _directory(name: str) -> str | None:
+def _directory(base_model: str) -> str | None:
     """The absolute path of a directory that is there."""
     try:
-        local = os.path.abspath(os.path.expanduser(name))
-    except ValueError:  # a character that no path has
+        local = os.path.abspath(os.path.expanduser(base_model))
+        return local if stat.S_ISDIR(os.stat(local).st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return local if os.path.isdir(local) else None
+    except (OSError, ValueError) as error:  # too long a name, a character that no path has, a directory out of bounds
+        why = getattr(error, "strerror", None) or error
+        raise BadRequestError(f"base_model: cannot look for a directory {brief(base_model)}: {why}") from error
 
 
 def engine_config(engine: Any) -> EngineConfig:

@@ -80,8 +80,7 @@ def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int], ca
     """Checks a request against the model.
 
     `max_tokens` beyond the context is clipped to it (the sequence then ends with reason `"length"`); None is all that context
-    and cache hold. A prompt as long as
-    the context still has one token to give, since its own logits exist.
+    and cache hold. A prompt as long as the context still has one token to give, since its own logits exist.
 
     Args:
         request: whose own fields agree with each other.
@@ -98,7 +97,8 @@ def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int], ca
     prompt = _prompt(request, cfg)
     room = cfg.context_length - len(prompt) + 1
     if params.max_tokens is None:
-        max_tokens = max(1, min(room, cache_tokens - len(prompt) + 1))  # the last token drawn is never fed back
+        # The last token drawn is never fed back. A prompt that the cache has no room for at all is the sampler's to refuse.
+        max_tokens = max(1, min(room, cache_tokens - len(prompt) + 1))
     else:
         max_tokens = min(params.max_tokens, room)
     target_ids = _targets(request.target_prompt_logprobs, cfg.V)

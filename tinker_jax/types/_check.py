@@ -121,6 +121,11 @@ def one_of(value: T, options: Sequence[T], field: str) -> T:
     return value
 
 
+def is_text(value: object) -> bool:
+    """Whether `value` is text or bytes, which NumPy may read as numbers and Python as a sequence."""
+    return isinstance(value, (str, bytes, bytearray, memoryview))
+
+
 def is_list(value: object) -> bool:
     """Whether `value` is a list, a tuple or the like; text and bytes are not."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+    return isinstance(value, Sequence) and not is_text(value)

@@ -189,6 +189,8 @@ def _as_array(data: Any, dtype: str) -> np.ndarray:
 
 def _of_items(data: Any) -> np.ndarray:
     """What NumPy makes of a list, which may hold arrays of others."""
+    if _check.is_text(data):
+        raise _check.refuse("data", "numbers", data)
     try:
         return widened(np.asarray(data))
     except ValueError:
