@@ -14,6 +14,7 @@ from odd_values import BY_NAME, INF, SCALARS, Odd, either, none, outcome, real, 
 from tinker_jax.models.config import parse as parse_config
 from tinker_jax.sampling.requests import parse
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams, TensorData
+from tinker_jax.types._show import brief
 
 CONTEXT = 40
 CONFIG = dataclasses.replace(parse_config(tiny.CONFIGS["qwen3"]().to_dict()), context_length=CONTEXT)
@@ -67,7 +68,7 @@ def _stop(rng: random.Random) -> tuple[Any, bool]:
     words = [rng.choice(["a", "\n", "", 3]) if rng.random() < 0.3 else "end" for _ in range(2)]
     if rng.random() < 0.5:
         return np.array(ids) if rng.random() < 0.3 else ids, all(i == int(i) and 0 <= i < VOCABULARY for i in ids)
-    return words, all(isinstance(word, str) and word for word in words)
+    return words, all(isinstance(word, str) and word for word in words) or all(word == 3 for word in words)
 
 
 def _targets(rng: random.Random, length: int) -> tuple[TensorData, bool]:
@@ -123,7 +124,8 @@ def test_random_requests_are_accepted_or_refused_by_name_as_the_rules_say(count)
             return parse(made, CONFIG, [1], cache)
 
         error = outcome(call)
-        described = f"{len(tokens)} tokens, {[(name, odd.name) for name, odd in given.items()]}, cache {cache}"
+        shown = ", ".join(f"{name}={brief(value, 40)}" for name, value in (params | request).items())
+        described = f"{len(tokens)} tokens, {shown}, cache {cache}"
         assert (error is None) == right, f"{described}: {'right' if right else 'wrong'}, but {error!r}"
         if error is None:
             _holds(call(), tokens, given, cache)

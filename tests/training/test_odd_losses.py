@@ -158,7 +158,7 @@ def _add(case: Case, rng: random.Random) -> None:
 
 def _resize(case: Case, rng: random.Random) -> None:
     given = rng.choice(list(case.inputs.values()))
-    given.rows = rng.choice([given.rows[1:], [*given.rows, given.rows[0]], [[row] for row in given.rows], []])
+    given.rows = rng.choice([given.rows[1:], [*given.rows, *given.rows[:1]], [[row] for row in given.rows], []])
 
 
 def _bad_value(case: Case, rng: random.Random) -> None:
