@@ -25,6 +25,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/pyright --pythonpath $(PY) -p tests/typing
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.test

@@ -300,7 +300,7 @@ def test_custom_losses_are_checked_at_the_call(training):
         training.forward_backward_custom([], squared)
     with pytest.raises(ValueError, match="loss_fn: expected a callable"):
         training.forward_backward_custom([datum()], "cross_entropy")
-    with pytest.raises(ValueError, match="backend: expected 'torch' or 'jax', got 'numpy'"):
+    with pytest.raises(ValueError, match="backend: expected one of 'torch', 'jax', got str 'numpy'"):
         training.forward_backward_custom([datum()], squared, backend="numpy")
     with pytest.warns(DeprecationWarning, match="loss_type_input"):
         training.forward_backward_custom([datum()], squared, loss_type_input="logprobs").result()
@@ -367,7 +367,7 @@ def test_create_sampling_client_needs_a_model(service):
 
 
 def test_snapshot_options(training):
-    with pytest.raises(ValueError, match="kind: expected 'snapshot' or 'inflight', got 'other'"):
+    with pytest.raises(ValueError, match="kind: expected one of 'snapshot', 'inflight', got str 'other'"):
         training.save_weights_and_get_sampling_client(kind="other")
     with pytest.warns(DeprecationWarning, match="name"):
         training.save_weights_and_get_sampling_client("x", record_stability_info=True).result()
@@ -377,7 +377,7 @@ def test_warm_up_counts_programs_and_checks_its_argument(training, engines):
     client = training.save_weights_and_get_sampling_client(kind="inflight").result()
     assert tinker_jax.warm_up(client, adapters=2).result() == 7
     for wrong in (0, True, 1.5):
-        with pytest.raises(ValueError, match="adapters: expected an int >= 1"):
+        with pytest.raises(ValueError, match="adapters: expected an integer >= 1"):
             tinker_jax.warm_up(client, adapters=wrong)
 
 
@@ -587,3 +587,56 @@ def test_a_local_model_is_remembered_by_its_absolute_path(service, engines, tmp_
 def test_a_model_without_a_tokenizer_says_so(training):
     with pytest.raises(tinker_jax.NotFoundError, match="/nowhere has no tokenizer: none of"):
         training.get_tokenizer()
+
+
+# Representations
+
+
+def test_clients_show_their_model_and_state(service, training, sampling, stored):
+    loaded = service.create_sampling_client("tinker://old:train:0/sampler_weights/a").result()
+    session = training.model_id.partition(":")[0]
+    assert repr(training) == f"<tinker_jax.TrainingClient of 'base', rank 4, model_id '{training.model_id}', open>"
+    assert repr(sampling) == f"<tinker_jax.SamplingClient of 'base', sampler_id '{sampling._sampler_id}', open>"
+    assert "of 'base', weights 'tinker://old:train:0/sampler_weights/a', sampler_id" in repr(loaded)
+    assert repr(service) == f"<tinker_jax.ServiceClient, session '{session}', open>"
+    service.close("success").result(5)
+    assert all(repr(client).endswith(", closed>") for client in (service, training, sampling))
+
+
+# Names of base models
+
+
+@pytest.mark.parametrize(
+    ("name", "resolved"),
+    [
+        ("org/model:peft:262144", "org/model"),
+        ("org/model:variant", "org/model"),
+        ("tinker-jax/tiny-qwen3:peft:64", "tinker-jax/tiny-qwen3"),
+        ("org/model", "org/model"),
+        ("model", "model"),
+        ("gs://bucket/model", "gs://bucket/model"),
+        ("org/model/variant", "org/model/variant"),
+    ],
+)
+def test_a_base_models_name_goes_without_what_says_how_it_is_served(service, engines, name, resolved):
+    client = service.create_lora_training_client(name).result()
+    assert list(engines) == [resolved] and client.get_info().model_name == resolved
+
+
+def test_a_directory_may_have_a_colon_in_its_name(service, engines, tmp_path, monkeypatch):
+    (tmp_path / "org" / "model:peft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    service.create_sampling_client(base_model="org/model:peft").result()
+    assert list(engines) == [str(tmp_path / "org" / "model:peft")]
+
+
+def test_a_configuration_and_metadata_may_change_after_the_call(training, engine):
+    config, metadata = {"beta": 0.1}, {"k": "v"}
+    engine.hold()
+    training.forward([datum()], "dro", config)
+    training.save_state("a", user_metadata=metadata)
+    config["beta"], metadata["k"] = 0.2, "w"
+    engine.go()
+    training.optim_step(AdamParams()).result()
+    assert calls(engine, "forward_backward")[0][4] == {"beta": 0.1}
+    assert calls(engine, "save_state")[0][5] == {"k": "v"}

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tinker_jax import APIFuture
+from tinker_jax import APIFuture, APITimeoutError, BadRequestError
 from tinker_jax.api.futures import AwaitableConcurrentFuture, Derived, DerivedAPIFuture
 
 
@@ -152,3 +152,30 @@ def test_representations_tell_the_state():
     cancelled.cancel()
     states = [repr(AwaitableConcurrentFuture(f)) for f in (pending, cancelled, made(3), made(error=ValueError("x")))]
     assert [s.split(": ", 1)[1] for s in states] == ["pending>", "cancelled>", "3>", "failed: ValueError('x')>"]
+
+
+@pytest.mark.parametrize("name", ["metrics", "loss_fn_outputs", "sequences", "path"])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_forgotten_result_is_named(kind, name):
+    handle = handles(made(3))[kind]
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; this is a future: call .result\\(\\) or await it"):
+        getattr(handle, name)
+    assert not hasattr(handle, name)
+    with pytest.raises(AttributeError, match=r"no attribute '_private'$"):
+        _ = handle._private
+
+
+def test_a_timeout_is_of_the_api_and_a_timeout_of_the_call_itself_comes_out_unchanged():
+    for kind in (0, 1):
+        handle = handles(Future())[kind]
+        with pytest.raises(APITimeoutError, match=r"no result within 0\.01 seconds; the call goes on"):
+            handle.result(0.01)
+        own = TimeoutError("the caller's loss")
+        failed = handles(made(error=own))[kind]
+        with pytest.raises(TimeoutError) as caught:
+            failed.result(1)
+        assert caught.value is own
+        with pytest.raises(BadRequestError, match="timeout: expected a finite number, got str '1'"):
+            handle.result("1")
+        with pytest.raises(BadRequestError, match="timeout"):
+            asyncio.run(handle.result_async("1"))

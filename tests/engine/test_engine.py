@@ -17,7 +17,14 @@ from tinker_jax.checkpoints.store import RunRecord, Store
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.engine import Engine, get_engine
 from tinker_jax.types import AdamParams, Datum, LoraConfig, ModelInput, SampleRequest, SamplingParams
-from tinker_jax.types.errors import BadRequestError, NotFoundError, RequestFailedError, StorageError, UnprocessableEntityError
+from tinker_jax.types.errors import (
+    BadRequestError,
+    NotFoundError,
+    RequestFailedError,
+    StateError,
+    StorageError,
+    UnprocessableEntityError,
+)
 
 LORA = LoraConfig(rank=4, seed=0)
 STEP = AdamParams(learning_rate=1e-2)
@@ -528,3 +535,22 @@ def test_closing_ends_what_is_under_way_and_frees_the_weights(checkpoint, tmp_pa
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call
         time.sleep(0.01)
     assert not [ref for ref in alive if ref() is not None]
+
+
+def test_a_closed_engine_refuses_every_call_with_an_error_of_the_api(checkpoint, tmp_path):
+    engine = Engine(str(checkpoint("llama")), EngineConfig(home=tmp_path))
+    engine.info().result(120)
+    engine.close()
+    request = SampleRequest(prompt=ModelInput.from_ints([5, 6]), sampling_params=SamplingParams(max_tokens=1))
+    for call in (
+        engine.info,
+        lambda: engine.create_adapter("a", LORA),
+        lambda: engine.forward_backward("a", data(), "cross_entropy", None, backward=True),
+        lambda: engine.optim_step("a", AdamParams()),
+        lambda: engine.save_state("a", "run", "name"),
+        lambda: engine.snapshot("a", "s"),
+        lambda: engine.sample("s", request),
+    ):
+        with pytest.raises(StateError, match="the engine is closed"):
+            call()
+    engine.release("a")

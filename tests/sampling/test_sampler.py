@@ -338,3 +338,23 @@ def test_a_request_that_never_fits_the_cache_is_refused_with_the_numbers():
     with pytest.raises(BadRequestError, match=rf"A prompt of 50 tokens with max_tokens={most + 1} needs [\d,]+ bytes .* has"):
         submit(small, ask(tokens_of(50), max_tokens=most + 1))
     assert small.parse(ask(tokens_of(50), max_tokens=most)).need == 3 * PAGE
+
+
+@pytest.mark.parametrize("prompt", [1, 50, 3 * PAGE])
+def test_without_a_budget_what_fits_the_cache_ends_a_sequence(prompt):
+    small = shared(pages=3)
+    assert 3 * PAGE < CONTEXT
+    (response,) = run(small, ask(tokens_of(prompt), stop=[]))
+    assert len(response.sequences[0].tokens) == 3 * PAGE - prompt + 1
+    assert response.sequences[0].stop_reason == "length"
+
+
+def test_a_prompt_that_does_not_fit_the_cache_is_refused_without_a_budget_too():
+    with pytest.raises(BadRequestError, match=rf"A prompt of {3 * PAGE + 1} tokens .* needs [\d,]+ bytes"):
+        shared(pages=3).parse(ask(tokens_of(3 * PAGE + 1)))
+
+
+def test_targets_with_too_many_columns_are_refused_before_they_are_made_dense(sampler):
+    sparse = TensorData([5], "int64", [1, 10**8], [0, 1], [7])
+    with pytest.raises(BadRequestError, match="target_prompt_logprobs: expected at most 1024 columns, got 100000000"):
+        sampler.parse(ask([3, 4], target_prompt_logprobs=sparse))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, TypeAlias
 
 import numpy as np
 
-from tinker_jax.types import ForwardBackwardOutput
-from tinker_jax.types.errors import BadRequestError
+from tinker_jax.types import ForwardBackwardOutput, _check
+from tinker_jax.types._show import brief
+from tinker_jax.types.errors import BadRequestError, MissingPackageError
 from tinker_jax.types.training import CustomLossInput
 
 if TYPE_CHECKING:
@@ -45,9 +46,8 @@ def grad_fn(loss_fn: CustomLossFn, data: Sequence[Any], backend: CustomLossBacke
         A function from float32 log-probabilities, one array a datum in the shape of its `target_tokens`, to the loss, the
         metrics and the gradients, in the same shapes.
     """
-    differentiate = {"torch": _torch_gradients, "jax": _jax_gradients}.get(backend)
-    if differentiate is None:
-        raise BadRequestError(f"backend: expected 'torch' or 'jax', got {backend!r}")
+    _check.one_of(backend, ("torch", "jax"), "backend")
+    differentiate = _torch_gradients if backend == "torch" else _jax_gradients
     if not callable(loss_fn):
         raise BadRequestError(f"loss_fn: expected a callable (data, logprobs), got {type(loss_fn).__name__}")
     if backend == "torch":
@@ -68,7 +68,7 @@ def _import_torch() -> Any:
     try:
         import torch
     except ImportError:
-        raise ImportError("a torch loss needs PyTorch installed; or write it in JAX and pass backend='jax'") from None
+        raise MissingPackageError("a torch loss needs PyTorch installed; or write it in JAX and pass backend='jax'") from None
     return torch
 
 
@@ -110,8 +110,8 @@ def _jax_gradients(loss_fn: CustomLossFn, data: list[Any], logprobs: list[np.nda
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise BadRequestError(f"metric {name!r} of the custom loss: expected a number, got {value!r}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise BadRequestError(f"metric {name!r} of the custom loss: expected a number, got {brief(value)}") from None
 
 
 def _unpack(returned: Any) -> tuple[Any, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import re
+import stat
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, load_tokenizer, local_directory
+from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, load_tokenizer
 from tinker_jax.engine.config import EngineConfig
-from tinker_jax.types import Datum
+from tinker_jax.types import Datum, _check
+from tinker_jax.types._show import brief
 from tinker_jax.types.coerce import coerce, looks_like
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 from tinker_jax.types.training import AdamOptimizerConfig
@@ -24,7 +27,7 @@ def training_data(data: Any) -> list[Datum]:
     Raises:
         BadRequestError: no data, or an item that is not a datum.
     """
-    if isinstance(data, (str, bytes, Mapping)) or looks_like(Datum, data) or not isinstance(data, Sequence):
+    if not _check.is_list(data):
         raise BadRequestError(f"data: expected a list of Datum, got {type(data).__name__}")
     if not data:
         raise BadRequestError("No data provided")
@@ -39,14 +42,35 @@ def training_data(data: Any) -> list[Datum]:
     return batch
 
 
+#: Tinker's suffixes name how a model is served, such as `org/model:peft:262144`.
+_SERVED = re.compile(r"([^:/]+/[^:/]+)(:[\w.-]+)+")
+
+
 def base_model_name(base_model: Any) -> str:
-    """A model name. A local directory's is its absolute path, so that a checkpoint finds its base model from anywhere."""
+    """A model's name, by which engines are shared and which checkpoints keep.
+
+    A local directory's is its absolute path, so that a checkpoint finds its base model from anywhere. Of a name with suffixes
+    (`org/model:peft:262144`) the model's remains: how it is served is a matter of `EngineConfig` here.
+    """
     if not isinstance(base_model, str) or not base_model:
-        raise BadRequestError(
-            f"base_model: expected a hub id, a local directory or an embedded model's name, got {base_model!r}"
-        )
-    local = None if base_model.startswith(EMBEDDED_PREFIX) else local_directory(base_model)
-    return base_model if local is None else os.path.abspath(local)
+        raise _check.refuse("base_model", "a hub id, a local directory or an embedded model's name", base_model)
+    local = _directory(base_model)
+    if local is not None and not base_model.startswith(EMBEDDED_PREFIX):
+        return local
+    served = _SERVED.fullmatch(base_model)
+    return served[1] if served else base_model
+
+
+def _directory(base_model: str) -> str | None:
+    """The absolute path of a directory that is there."""
+    try:
+        local = os.path.abspath(os.path.expanduser(base_model))
+        return local if stat.S_ISDIR(os.stat(local).st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # too long a name, a character that no path has, a directory out of bounds
+        why = getattr(error, "strerror", None) or error
+        raise BadRequestError(f"base_model: cannot look for a directory {brief(base_model)}: {why}") from error
 
 
 def engine_config(engine: Any) -> EngineConfig:
@@ -61,26 +85,37 @@ def refuse_other_optimizers(optimizer: Any) -> None:
     if optimizer is not None and not looks_like(AdamOptimizerConfig, optimizer):
         kind = getattr(optimizer, "type", type(optimizer).__name__)
         raise UnsupportedError(
-            f"optimizer {kind!r} is not available: its mathematics is unpublished; leave `optimizer` out for AdamW"
+            f"optimizer {brief(kind)} is not available: its mathematics is unpublished; leave `optimizer` out for AdamW"
         )
 
 
-def check_metadata(user_metadata: Any) -> None:
-    """Strings by string, or None."""
-    from tinker_jax.checkpoints import records
-
-    if user_metadata is not None and not isinstance(user_metadata, Mapping):
+def check_metadata(user_metadata: Any) -> dict[str, str] | None:
+    """A copy, strings by string, or None."""
+    if user_metadata is None:
+        return None
+    if not isinstance(user_metadata, Mapping):
         raise BadRequestError(f"user_metadata: expected a dict of strings, got {type(user_metadata).__name__}")
-    records.check_metadata(user_metadata)
+    for key, value in user_metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise _check.refuse(f"user_metadata[{brief(key)}]", "keys and values that are strings", value)
+    return dict(user_metadata)
 
 
-def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> None:
-    """What a checkpoint is to be called, how long it lives, what is kept with it."""
+def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> tuple[int | None, dict[str, str] | None]:
+    """What a checkpoint is to be called; gives how long it lives and what is kept with it."""
     from tinker_jax.checkpoints import records
 
-    records.check_name(name)
+    records.check_name(_check.name(name, "checkpoint name"))
+    return check_ttl(ttl_seconds), check_metadata(user_metadata)
+
+
+def check_ttl(ttl_seconds: Any) -> int | None:
+    """Seconds that a checkpoint lives; None: for ever."""
+    from tinker_jax.checkpoints import records
+
+    ttl_seconds = None if ttl_seconds is None else _check.integer(ttl_seconds, "ttl_seconds")
     records.check_ttl(ttl_seconds)
-    check_metadata(user_metadata)
+    return ttl_seconds
 
 
 @functools.lru_cache(maxsize=8)

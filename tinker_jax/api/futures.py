@@ -12,7 +12,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from tinker_jax.types._check import real
+from tinker_jax.types._show import brief
+from tinker_jax.types.errors import APITimeoutError, StateError
 
 T = TypeVar("T")
 
@@ -27,8 +31,8 @@ class APIFuture(ABC, Generic[T]):
         """Waits and gives the result, or raises the call's error.
 
         Raises:
-            TimeoutError: `timeout` seconds passed. The call goes on; ask again later.
-            RuntimeError: called from a done-callback (which runs on the engine's thread) for a result that is not there
+            APITimeoutError: `timeout` seconds passed (also a TimeoutError). The call goes on; ask again later.
+            StateError: called from a done-callback (which runs on the engine's thread) for a result that is not there
                 yet: waiting would stop the very thread that makes it.
         """
 
@@ -50,14 +54,35 @@ class APIFuture(ABC, Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
+    if not TYPE_CHECKING:  # a type checker should see that the attribute is missing
+
+        def __getattr__(self, name: str) -> Any:
+            hint = "" if name.startswith("_") else "; this is a future: call .result() or await it, and ask the result"
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
+
+
+def _check_timeout(timeout: Any) -> float | None:
+    return None if timeout is None else min(real(timeout, "timeout"), threading.TIMEOUT_MAX)
+
+
+def _late(timeout: float | None) -> APITimeoutError:
+    return APITimeoutError(f"no result within {timeout} seconds; the call goes on, ask again later")
+
 
 def _wait(future: Future[T], timeout: float | None) -> T:
+    timeout = _check_timeout(timeout)
     if not future.done() and threading.current_thread().name.startswith(_ENGINE_THREADS):
-        raise RuntimeError("result() on the engine's own thread would never return; await it, or wait on another thread")
-    return future.result(timeout)
+        raise StateError("result() on the engine's own thread would never return; await it, or wait on another thread")
+    try:
+        return Future.result(future, timeout)
+    except TimeoutError:
+        if future.done():  # the call's own error
+            raise
+    raise _late(timeout)
 
 
 async def _wait_async(future: Future[T], timeout: float | None) -> T:
+    timeout = _check_timeout(timeout)
     if not future.done():
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
@@ -73,6 +98,8 @@ async def _wait_async(future: Future[T], timeout: float | None) -> T:
         except asyncio.CancelledError:
             future.cancel()
             raise
+        except TimeoutError:
+            raise _late(timeout) from None
     if future.cancelled():
         raise asyncio.CancelledError
     return future.result()
@@ -145,9 +172,7 @@ class DerivedAPIFuture(Derived[T], APIFuture[T]):
     """A `Derived` that is an `APIFuture` too: what `sample` gives, which older scripts use as a plain `Future`."""
 
     def result(self, timeout: float | None = None) -> T:
-        if not self.done() and threading.current_thread().name.startswith(_ENGINE_THREADS):
-            return _wait(self, timeout)
-        return super().result(timeout)
+        return _wait(self, timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
         return await _wait_async(self, timeout)
@@ -163,4 +188,4 @@ def describe(future: Future[Any]) -> str:
     if future.cancelled():
         return "cancelled"
     error = future.exception()
-    return repr(future.result()) if error is None else f"failed: {error!r}"
+    return brief(future.result(), 400) if error is None else f"failed: {brief(error, 400)}"

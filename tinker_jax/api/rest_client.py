@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeVar
 from tinker_jax.api import session as sessions
 from tinker_jax.api.admin_client import AdminClient
 from tinker_jax.api.deprecation import final_twin
-from tinker_jax.api.door import engine_config
+from tinker_jax.api.door import check_ttl, engine_config
 from tinker_jax.api.futures import APIFuture, AwaitableConcurrentFuture
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.types import (
@@ -28,8 +28,8 @@ from tinker_jax.types import (
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+    _check,
 )
-from tinker_jax.types._check import integer
 from tinker_jax.types.errors import NotFoundError, TinkerError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class RestClient:
 
     def get_training_run(self, training_run_id: str, access_scope: AccessScope = "owned") -> APIFuture[TrainingRun]:
         """A run by id. The future raises NotFoundError. Everything stored is owned, so `access_scope` has no effect."""
+        _check.name(training_run_id, "training_run_id")
         return _run(lambda: self._training_run(self._store.get_run(training_run_id)))
 
     get_training_run_async = final_twin(get_training_run)
@@ -128,6 +129,7 @@ class RestClient:
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
         """A run's checkpoints, newest first."""
+        _check.name(training_run_id, "training_run_id")
 
         def find() -> CheckpointsListResponse:
             self._store.get_run(training_run_id)
@@ -150,6 +152,7 @@ class RestClient:
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
         """What a checkpoint holds."""
+        _check.name(tinker_path, "tinker_path")
 
         def find() -> WeightsInfoResponse:
             record = self._store.get(tinker_path)
@@ -166,18 +169,23 @@ class RestClient:
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         """Deletes `checkpoint_id` (`"weights/<name>"` or `"sampler_weights/<name>"`) of a run."""
+        _check.name(training_run_id, "training_run_id")
+        _check.name(checkpoint_id, "checkpoint_id")
         return self.delete_checkpoint_from_tinker_path(f"tinker://{training_run_id}/{checkpoint_id}")
 
     delete_checkpoint_async = final_twin(delete_checkpoint)
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         """Deletes a checkpoint."""
+        _check.name(tinker_path, "tinker_path")
         return _run(lambda: self._store.delete(tinker_path))
 
     delete_checkpoint_from_tinker_path_async = final_twin(delete_checkpoint_from_tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> APIFuture[None]:
         """Lets a checkpoint live `ttl_seconds` from now; None: for ever."""
+        _check.name(tinker_path, "tinker_path")
+        ttl_seconds = check_ttl(ttl_seconds)
 
         def change() -> None:
             self._store.set_ttl(tinker_path, ttl_seconds)
@@ -190,6 +198,7 @@ class RestClient:
 
     def get_session(self, session_id: str, access_scope: AccessScope = "owned") -> APIFuture[GetSessionResponse]:
         """The runs of one `ServiceClient`; also its samplers and metadata while its process is this one."""
+        _check.name(session_id, "session_id")
 
         def find() -> GetSessionResponse:
             runs = [run.run_id for run in self._store.list_runs() if run.session_id == session_id]
@@ -222,9 +231,10 @@ class RestClient:
 
     def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
         """What a sampling client alive in this process samples from."""
+        _check.name(sampler_id, "sampler_id")
 
         def find() -> GetSamplerResponse:
-            live = sessions.find(str(sampler_id).partition(":")[0])
+            live = sessions.find(sampler_id.partition(":")[0])
             client = None if live is None else live.samplers.get(sampler_id)
             if client is None:
                 raise NotFoundError(f"sampler {sampler_id!r} does not exist in this process")
@@ -343,7 +353,7 @@ def _no_account(what: str) -> UnsupportedError:
 
 
 def _page(items: Sequence[T], limit: int, offset: int) -> tuple[Sequence[T], Cursor]:
-    limit, offset = integer(limit, "limit", minimum=1), integer(offset, "offset", minimum=0)
+    limit, offset = _check.integer(limit, "limit", minimum=1), _check.integer(offset, "offset", minimum=0)
     return items[offset : offset + limit], Cursor(offset=offset, limit=limit, total_count=len(items))
 
 

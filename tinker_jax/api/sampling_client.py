@@ -10,7 +10,7 @@ from tinker_jax.api.client_future import BackcompatClientFuture
 from tinker_jax.api.deprecation import final_twin, future_twin
 from tinker_jax.api.door import base_model_name, tokenizer_of
 from tinker_jax.api.futures import APIFuture, Derived, DerivedAPIFuture
-from tinker_jax.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
+from tinker_jax.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData, _check
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class SamplingClient:
         session.samplers[sampler_id] = self
         session.adopt(self, engine.release, sampler_id)
 
+    def __repr__(self) -> str:
+        weights = "" if self._model_path is None else f", weights {self._model_path!r}"
+        what = f"{self._info.name!r}{weights}, sampler_id {self._sampler_id!r}, {self._session.state}"
+        return f"<tinker_jax.SamplingClient of {what}>"
+
     def sample(
         self,
         prompt: ModelInput,
@@ -54,7 +59,8 @@ class SamplingClient:
         Args:
             prompt: at least one token, and within the model's context.
             num_samples: >= 1.
-            sampling_params: temperature, top-k, top-p, seed, stop rules, length.
+            sampling_params: `SamplingParams(max_tokens, seed, stop, temperature, top_k, top_p)`; without `max_tokens` it
+                goes on to a stop or the end of the context or the engine's cache.
             include_prompt_logprobs: also score the prompt.
             topk_prompt_logprobs: report the k likeliest tokens at each prompt position.
             topk_sample_logprobs: report the k likeliest tokens at each drawn position.
@@ -62,9 +68,25 @@ class SamplingClient:
             prompt_alt_tokens_k: draw k tokens at each prompt position after the first.
             prompt_logprobs_last_n: score only the last n prompt tokens.
 
+        Returns:
+            A future of a `SampleResponse`; of what was not asked for the fields are None:
+
+            sequences: `num_samples` of `SampledSequence`:
+                stop_reason: `"stop"` or `"length"`.
+                sequence_id: unique within the process.
+                tokens, tokens_np: ids, int32 [n], those that stopped it included.
+                logprobs, logprobs_np: float32 [n], of these tokens at the temperature, over the whole vocabulary, in nats.
+                topk_logprobs, topk_logprobs_np: likeliest tokens at each position: lists of (id, logprob); [n, k].
+            prompt_logprobs, prompt_logprobs_np: float32 [len(prompt)] at temperature 1; None and NaN at the first token.
+            topk_prompt_logprobs, topk_prompt_logprobs_np: likeliest tokens at each prompt position, in the same form.
+            target_prompt_logprobs: float32, laid out as the argument; 0 where it said -1.
+            prompt_cache_hit_tokens: prompt tokens that were not computed again.
+            prompt_alt_tokens: `tokens` int64 and `logprobs` float32, each [len(prompt) - 1, k].
+
         Raises:
-            BadRequestError: at the call, naming the argument.
-            UnsupportedError: an option the engine does not offer.
+            BadRequestError: at the call, naming the argument; once the model is loaded this goes for its limits too.
+            UnsupportedError: image or audio chunks.
+            StateError: the service client is closed.
         """
         self._session.require_open()
         request = SampleRequest(
@@ -73,7 +95,7 @@ class SamplingClient:
             sampling_params=sampling_params,
             sampling_session_id=self._sampler_id,
             seq_id=next(self._requests),
-            prompt_logprobs=bool(include_prompt_logprobs),
+            prompt_logprobs=_check.boolean(include_prompt_logprobs, "include_prompt_logprobs"),
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
             target_prompt_logprobs=target_prompt_logprobs,
@@ -142,13 +164,14 @@ def warm_up(client: SamplingClient, adapters: int = 1) -> APIFuture[int]:
         Number of compiled programs.
 
     Raises:
-        BadRequestError: `adapters` is no positive int.
+        BadRequestError: `client` is no SamplingClient, or `adapters` no positive integer.
     """
     if isinstance(client, BackcompatSamplingClientFuture):
         client = client.result()
+    if not isinstance(client, SamplingClient):
+        raise _check.refuse("client", "a SamplingClient", client)
     client._session.require_open()
-    if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
-        raise BadRequestError(f"adapters: expected an int >= 1, got {adapters!r}")
+    adapters = _check.integer(adapters, "adapters", minimum=1)
     future = client._session.track(client._engine.warm_up(client._sampler_id, adapters), client)
     return DerivedAPIFuture(lambda programs: programs, future)
 
@@ -172,7 +195,7 @@ def open_sampling_client(session: Session, model_path: str | None, base_model: s
     if model_path is None and base_model is None:
         raise BadRequestError("create_sampling_client needs model_path, base_model or both")
     if model_path is not None:
-        record = session.store.get(model_path)
+        record = session.store.get(_check.name(model_path, "model_path"))
         base_model = record.base_model if base_model is None else base_model
     engine = session.engine(base_model_name(base_model))
     sampler_id = session.next_sampler_id()

@@ -21,8 +21,9 @@ from tinker_jax.api.training_client import (
     restore_training_client,
 )
 from tinker_jax.engine.config import EngineConfig
-from tinker_jax.types import CustomLossInputRank, GetServerCapabilitiesResponse, LoraConfig, OptimizerConfig
-from tinker_jax.types.errors import BadRequestError, UnsupportedError
+from tinker_jax.types import CustomLossInputRank, GetServerCapabilitiesResponse, LoraConfig, OptimizerConfig, _check
+from tinker_jax.types._show import brief
+from tinker_jax.types.errors import UnsupportedError
 
 
 class ServiceClient:
@@ -51,11 +52,14 @@ class ServiceClient:
         if kwargs:
             warnings.warn(f"ServiceClient ignores unknown arguments: {', '.join(sorted(kwargs))}", FutureWarning, stacklevel=2)
         self._config = engine_config(engine)
-        if user_metadata is not None:
-            check_metadata(user_metadata)
-        self._session = Session(self._config, user_metadata, display_name)
+        user_metadata = check_metadata(user_metadata)
+        self._session = Session(self._config, user_metadata, _check.optional_text(display_name, "display_name"))
         self._rest_lock = threading.Lock()
         self._rest: RestClient | None = None
+
+    def __repr__(self) -> str:
+        name = "" if self._session.display_name is None else f" {brief(self._session.display_name)}"
+        return f"<tinker_jax.ServiceClient{name}, session {self._session.id!r}, {self._session.state}>"
 
     def create_lora_training_client(
         self,
@@ -190,15 +194,14 @@ class ServiceClient:
         return None
 
     def close(self, status: CloseStatus, detail: str | None = None) -> AwaitableConcurrentFuture[None]:
-        """Ends the session: later calls of it and of its clients raise RuntimeError; what the clients hold on the device
+        """Ends the session: later calls of it and of its clients raise StateError; what the clients hold on the device
         is freed once their pending calls are done. Idempotent.
 
         Args:
             status: `"success"` lets pending calls finish; `"errored"` and `"interrupted"` cancel those not begun.
             detail: no effect.
         """
-        if status not in ("success", "errored", "interrupted"):
-            raise BadRequestError(f"status: expected 'success', 'errored' or 'interrupted', got {status!r}")
+        _check.one_of(status, ("success", "errored", "interrupted"), "status")
         return AwaitableConcurrentFuture(self._session.close(status))
 
     def __enter__(self) -> ServiceClient:

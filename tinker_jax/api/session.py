@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tinker_jax.engine.config import EngineConfig
-from tinker_jax.types.errors import TinkerError
+from tinker_jax.types.errors import StateError, TinkerError
 
 if TYPE_CHECKING:
     from tinker_jax.checkpoints.store import Store
@@ -84,10 +84,15 @@ class Session:
         """Names a sampling client."""
         return f"{self.id}:sample:{next(self._sampler_numbers)}"
 
+    @property
+    def state(self) -> Literal["open", "closed"]:
+        """Whether calls are taken."""
+        return "open" if self._closing is None else "closed"
+
     def require_open(self) -> None:
-        """RuntimeError once the service client is closed."""
+        """StateError once the service client is closed."""
         if self._closing is not None:
-            raise RuntimeError("ServiceClient is closed")
+            raise StateError("ServiceClient is closed; make another one")
 
     def track(self, future: Future[T], owner: object) -> Future[T]:
         """Keeps `owner`, whose end frees what the engine holds for it, alive until a call of its is done."""

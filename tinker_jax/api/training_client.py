@@ -28,9 +28,10 @@ from tinker_jax.types import (
     SamplingClientKind,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
+    _check,
 )
 from tinker_jax.types.coerce import looks_like
-from tinker_jax.types.errors import BadRequestError, UnsupportedError
+from tinker_jax.types.errors import ArgumentTypeError, BadRequestError, UnsupportedError
 from tinker_jax.types.training import as_optim_params
 
 if TYPE_CHECKING:
@@ -57,10 +58,50 @@ class TrainingClient:
         self._session, self._engine, self._info, self._lora = session, engine, info, lora
         session.adopt(self, engine.release, model_id)
 
+    def __repr__(self) -> str:
+        what = f"{self._info.name!r}, rank {self._lora.rank}, model_id {self.model_id!r}, {self._session.state}"
+        return f"<tinker_jax.TrainingClient of {what}>"
+
     def forward(
         self, data: list[Datum], loss_fn: LossFnType, loss_fn_config: Mapping[str, float | str] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """The loss and its per-token outputs, without a gradient. Arguments as `forward_backward`."""
+        """The loss, summed over tokens and datums, without a gradient.
+
+        Args:
+            data: at least one datum; copied, so it may change after the call. Its `loss_fn_inputs` have the shape of
+                `target_tokens`, which is [N] for the N tokens of `model_input` (under `cross_entropy` [N, K] too: K targets a
+                position). In brackets: may be left out.
+
+                cross_entropy: target_tokens, [weights]
+                importance_sampling: target_tokens, logprobs, advantages
+                ppo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                cispo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                dro: target_tokens, logprobs, advantages
+                gspo: target_tokens, logprobs, advantages, sequence_ratio_mask, [clip_low_threshold], [clip_high_threshold]
+                stable_reinforce: target_tokens, logprobs, advantages, [clip_high_threshold]
+
+                `target_tokens` are int64: the target of position i is the token after it. All others are float32.
+            loss_fn: one of these names; `docs/losses.md` has the formulas.
+            loss_fn_config: numbers of the loss, by name:
+
+                ppo: clip_low_threshold 0.8, clip_high_threshold 1.2
+                cispo: clip_low_threshold 0.0, clip_high_threshold 4.0
+                dro: beta 0.05
+                gspo: clip_low_threshold 0.9997, clip_high_threshold 1.0004
+                stable_reinforce: clip_high_threshold 4.0, kl_coeff 0.0
+
+        Returns:
+            A future of a `ForwardBackwardOutput`:
+
+            loss_fn_output_type: `"ArrayRecord"`.
+            loss_fn_outputs: one dict for each datum, in order; its `"logprobs"` is a float32 `TensorData` in the shape of
+                `target_tokens`, the log-probability of each target in nats.
+            metrics: floats under `name:reduction`; `loss:sum` always, others as the loss has them.
+
+        Raises:
+            BadRequestError: at the call, naming datum and field; nothing is queued.
+            StateError: the service client is closed.
+        """
         return self._pass(data, loss_fn, loss_fn_config, backward=False)
 
     forward_async = future_twin(forward)
@@ -71,12 +112,39 @@ class TrainingClient:
         """The loss, summed over tokens and datums; its gradient is added to what earlier calls left.
 
         Args:
-            data: at least one datum; copied, so it may change after the call.
-            loss_fn: name of the loss, which decides what each `loss_fn_inputs` must hold.
-            loss_fn_config: numbers of the loss, by name.
+            data: at least one datum; copied, so it may change after the call. Its `loss_fn_inputs` have the shape of
+                `target_tokens`, which is [N] for the N tokens of `model_input` (under `cross_entropy` [N, K] too: K targets a
+                position). In brackets: may be left out.
+
+                cross_entropy: target_tokens, [weights]
+                importance_sampling: target_tokens, logprobs, advantages
+                ppo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                cispo: target_tokens, logprobs, advantages, [clip_low_threshold], [clip_high_threshold]
+                dro: target_tokens, logprobs, advantages
+                gspo: target_tokens, logprobs, advantages, sequence_ratio_mask, [clip_low_threshold], [clip_high_threshold]
+                stable_reinforce: target_tokens, logprobs, advantages, [clip_high_threshold]
+
+                `target_tokens` are int64: the target of position i is the token after it. All others are float32.
+            loss_fn: one of these names; `docs/losses.md` has the formulas.
+            loss_fn_config: numbers of the loss, by name:
+
+                ppo: clip_low_threshold 0.8, clip_high_threshold 1.2
+                cispo: clip_low_threshold 0.0, clip_high_threshold 4.0
+                dro: beta 0.05
+                gspo: clip_low_threshold 0.9997, clip_high_threshold 1.0004
+                stable_reinforce: clip_high_threshold 4.0, kl_coeff 0.0
+
+        Returns:
+            A future of a `ForwardBackwardOutput`:
+
+            loss_fn_output_type: `"ArrayRecord"`.
+            loss_fn_outputs: one dict for each datum, in order; its `"logprobs"` is a float32 `TensorData` in the shape of
+                `target_tokens`, the log-probability of each target in nats.
+            metrics: floats under `name:reduction`; `loss:sum` always, others as the loss has them.
 
         Raises:
             BadRequestError: at the call, naming datum and field; nothing is queued.
+            StateError: the service client is closed.
         """
         return self._pass(data, loss_fn, loss_fn_config, backward=True)
 
@@ -86,10 +154,11 @@ class TrainingClient:
         self, data: Any, loss_fn: str, loss_fn_config: Mapping[str, float | str] | None, *, backward: bool
     ) -> APIFuture[ForwardBackwardOutput]:
         self._session.require_open()
-        if loss_fn == "custom":
+        if isinstance(loss_fn, str) and loss_fn == "custom":
             raise UnsupportedError("loss_fn 'custom' names an uploaded loss; pass a callable to forward_backward_custom()")
         batch = training_data(data)
-        return self._submit(self._engine.forward_backward(self.model_id, batch, loss_fn, loss_fn_config, backward=backward))
+        config = dict(loss_fn_config) if isinstance(loss_fn_config, Mapping) else loss_fn_config  # its own, as the data are
+        return self._submit(self._engine.forward_backward(self.model_id, batch, loss_fn, config, backward=backward))
 
     def forward_backward_custom(
         self,
@@ -117,8 +186,7 @@ class TrainingClient:
         """
         self._session.require_open()
         if loss_type_input is not None:
-            if loss_type_input != "logprobs":
-                raise BadRequestError(f"loss_type_input: expected 'logprobs', got {loss_type_input!r}")
+            _check.one_of(loss_type_input, ("logprobs",), "loss_type_input")
             warnings.warn(
                 "loss_type_input is deprecated in the Tinker API and has no effect; leave it out",
                 DeprecationWarning,
@@ -142,19 +210,28 @@ class TrainingClient:
         """One AdamW step along the accumulated gradient, which is zero afterwards.
 
         Args:
-            optim_params: hyperparameters of this step; they may differ from call to call.
+            optim_params: hyperparameters of this step, `AdamParams(learning_rate, beta1, beta2, eps, weight_decay,
+                grad_clip_norm)`; they may differ from call to call.
             adam_params: the older name of `optim_params`.
 
+        Returns:
+            A future of an `OptimStepResponse`:
+
+            metrics: `grad_norm:mean`, the global norm of the gradient before clipping.
+
         Raises:
-            TypeError: neither, or not AdamParams. ValueError: both.
+            ArgumentTypeError: neither, or not AdamParams (also a TypeError). BadRequestError: both, or beyond float32.
             UnsupportedError: DimuonParams.
+            StateError: the service client is closed.
+            From the future: BadRequestError where no gradient was accumulated, UnprocessableEntityError where it is not finite;
+            the step is not applied then.
         """
         self._session.require_open()
         if optim_params is not None and adam_params is not None:
             raise BadRequestError("optim_step: give optim_params or adam_params, not both")
         given = optim_params if optim_params is not None else adam_params
         if given is None:
-            raise TypeError("optim_step: optim_params is missing; pass AdamParams(learning_rate=...)")
+            raise ArgumentTypeError("optim_step: optim_params is missing; pass AdamParams(learning_rate=...)")
         params = as_optim_params(given)
         if not isinstance(params, AdamParams):
             raise UnsupportedError("optim_step: Dimuon is not available: its mathematics is unpublished; use AdamParams")
@@ -181,13 +258,13 @@ class TrainingClient:
             `.path` is `tinker://<model_id>/weights/<name>`.
         """
         self._session.require_open()
-        check_save(name, ttl_seconds, user_metadata)
+        ttl_seconds, user_metadata = check_save(name, ttl_seconds, user_metadata)
         future = self._engine.save_state(
             self.model_id,
             self.model_id,
             name,
             ttl_seconds=ttl_seconds,
-            overwrite=overwrite,
+            overwrite=_check.boolean(overwrite, "overwrite"),
             user_metadata=user_metadata,
         )
         return self._response(future, lambda path: SaveWeightsResponse(path=path, type="save_weights"))
@@ -212,7 +289,7 @@ class TrainingClient:
 
     def _load(self, path: str, *, with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
         self._session.require_open()
-        self._session.store.get(path, kinds=_loadable(with_optimizer))
+        self._session.store.get(_check.name(path, "path"), kinds=_loadable(with_optimizer))
         future = self._engine.load_adapter(self.model_id, path, with_optimizer=with_optimizer, create=False)
         return self._response(future, lambda _: LoadWeightsResponse(path=path, model_id=self.model_id, type="load_weights"))
 
@@ -222,7 +299,7 @@ class TrainingClient:
         """Saves the adapter alone, to sample from. Arguments as `save_state`; `.path` is
         `tinker://<model_id>/sampler_weights/<name>`."""
         self._session.require_open()
-        check_save(name, ttl_seconds, user_metadata)
+        ttl_seconds, user_metadata = check_save(name, ttl_seconds, user_metadata)
         future = self._engine.save_sampler(
             self.model_id, self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
         )
@@ -261,6 +338,7 @@ class TrainingClient:
             BadRequestError: another `kind`.
         """
         self._session.require_open()
+        _check.one_of(kind, ("snapshot", "inflight"), "kind")
         if name is not None:
             warnings.warn(
                 "save_weights_and_get_sampling_client(name=...) is deprecated in the Tinker API and has no effect; "
@@ -268,8 +346,6 @@ class TrainingClient:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        if kind not in ("snapshot", "inflight"):
-            raise BadRequestError(f"kind: expected 'snapshot' or 'inflight', got {kind!r}")
         sampler_id = self._session.next_sampler_id()
         snapshot = self._track(self._engine.snapshot(self.model_id, sampler_id, inflight=kind == "inflight"))
         return sampling_client_of(self._session, self._engine, sampler_id, snapshot)
@@ -334,7 +410,7 @@ def open_training_client(
 ) -> BackcompatTrainingClientFuture:
     """A client of a fresh adapter."""
     session.require_open()
-    check_metadata(user_metadata)
+    user_metadata = check_metadata(user_metadata)
     engine = session.engine(base_model_name(base_model))
     model_id = session.next_model_id()
     ready = engine.create_adapter(model_id, lora)
@@ -346,8 +422,8 @@ def restore_training_client(
 ) -> BackcompatTrainingClientFuture:
     """A client, and so a run, of its own that starts from a checkpoint."""
     session.require_open()
-    check_metadata(user_metadata)
-    record = session.store.get(path, kinds=_loadable(with_optimizer))
+    user_metadata = check_metadata(user_metadata)
+    record = session.store.get(_check.name(path, "path"), kinds=_loadable(with_optimizer))
     engine = session.engine(base_model_name(record.base_model if base_model is None else base_model))
     model_id = session.next_model_id()
     ready = engine.load_adapter(model_id, path, with_optimizer=with_optimizer, create=True)

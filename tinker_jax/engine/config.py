@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from tinker_jax.types import _check
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -50,7 +51,10 @@ class EngineConfig:
                 raise _check.refuse("EngineConfig.home", "a path", self.home)
             home = _check.text(os.fspath(self.home), "EngineConfig.home")
             # Absolute, so that a later change of the working directory does not part an engine from its clients.
-            put(self, "home", home if "://" in home else os.path.abspath(os.path.expanduser(home)))
+            try:
+                put(self, "home", home if "://" in home else os.path.abspath(os.path.expanduser(home)))
+            except ValueError:  # a character that no path has
+                raise _check.refuse("EngineConfig.home", "a path", home) from None
 
     def __hash__(self) -> int:
         mesh = None if self.mesh is None else tuple(self.mesh.items())
@@ -67,6 +71,6 @@ def _as_mesh(mesh: Mapping[str, int]) -> Mapping[str, int]:
         raise _check.refuse("EngineConfig.mesh", "a mapping of axis names to sizes", mesh)
     unknown = [axis for axis in mesh if axis not in MESH_AXES]
     if unknown:
-        raise BadRequestError(f"EngineConfig.mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
+        raise BadRequestError(f"EngineConfig.mesh: unknown axis {brief(unknown[0])}; the axes are {', '.join(MESH_AXES)}")
     sizes = {a: _check.integer(mesh[a], f"EngineConfig.mesh[{a!r}]", minimum=1) for a in MESH_AXES if a in mesh}
     return MappingProxyType(sizes)

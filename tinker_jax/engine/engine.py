@@ -38,7 +38,7 @@ from tinker_jax.training.pending import Pending
 from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.training.validate import check_data
 from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
-from tinker_jax.types.errors import NotFoundError, UnprocessableEntityError
+from tinker_jax.types.errors import NotFoundError, StateError, UnprocessableEntityError
 
 if TYPE_CHECKING:
     from tinker_jax.types import AdamParams, SampleRequest, SampleResponse
@@ -121,7 +121,7 @@ class Engine:
         return self._worker.failure is not None
 
     def close(self) -> None:
-        """Ends the worker thread and frees the device memory; later requests raise RuntimeError."""
+        """Ends the worker thread and frees the device memory; later requests raise StateError."""
         self._worker.close()
 
     # ---- loading, on the worker ----
@@ -242,7 +242,7 @@ class Engine:
                 if name in followers:
                     followers.remove(name)
 
-        with contextlib.suppress(RuntimeError):  # closed already, which freed everything
+        with contextlib.suppress(StateError):  # closed already, which freed everything
             self._worker.submit(name, run)
 
     def _adapter(self, model_id: str) -> AdapterState:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from tinker_jax.training.pending import Pending, Retracted
-from tinker_jax.types.errors import RequestFailedError, TinkerError
+from tinker_jax.types.errors import RequestFailedError, StateError, TinkerError
 
 logger = logging.getLogger("tinker_jax")
 
@@ -197,14 +197,14 @@ class Worker:
 
     def _enqueue(self, request: _Request) -> Future[Any]:
         if os.getpid() != self._pid:
-            raise RuntimeError(
+            raise StateError(
                 "this process was forked from the one that runs the engine, and its thread did not come along; "
                 "start the process with multiprocessing's 'spawn' method."
             )
         with self._wake:
             if self._failure is None:
                 if self._closing:
-                    raise RuntimeError("the engine is closed.")
+                    raise StateError("the engine is closed.")
                 self._inbox.append(request)
                 if request.handed_over and self._asked is None:
                     self._asked = self._clock()

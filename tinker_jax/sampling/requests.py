@@ -29,7 +29,7 @@ class Request:
     Attributes:
         prompt: int32 [P], P ≥ 1.
         num_samples: sequences to draw.
-        max_tokens: most tokens of each, clipped to the end of the context.
+        max_tokens: most tokens of each; never more than the context holds, and where the caller gave none, than the cache.
         temperature, top_k, top_p, seed: as `tinker_jax.sampling.drawing.Rows` wants them.
         stop: what ends a sequence.
         sample_top: likeliest tokens to report for each drawn token.
@@ -76,11 +76,17 @@ class Request:
         return len(self.prompt) - 1 - min(self.last_n, len(self.prompt) - 1) * bool(scored)
 
 
-def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) -> Request:
+def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int], cache_tokens: int) -> Request:
     """Checks a request against the model.
 
-    `max_tokens` beyond the context is clipped to it (the sequence then ends with reason `"length"`). A prompt as long as
-    the context still has one token to give, since its own logits exist.
+    `max_tokens` beyond the context is clipped to it (the sequence then ends with reason `"length"`); None is all that context
+    and cache hold. A prompt as long as the context still has one token to give, since its own logits exist.
+
+    Args:
+        request: whose own fields agree with each other.
+        cfg: shape of the model.
+        eos_ids: its end-of-sequence tokens.
+        cache_tokens: tokens of one sequence that the cache can hold.
 
     Raises:
         BadRequestError: an empty or too long prompt, a token id outside the vocabulary, more entries per position than
@@ -90,7 +96,11 @@ def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int]) ->
     params = request.sampling_params
     prompt = _prompt(request, cfg)
     room = cfg.context_length - len(prompt) + 1
-    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    if params.max_tokens is None:
+        # The last token drawn is never fed back. A prompt that the cache has no room for at all is the sampler's to refuse.
+        max_tokens = max(1, min(room, cache_tokens - len(prompt) + 1))
+    else:
+        max_tokens = min(params.max_tokens, room)
     target_ids = _targets(request.target_prompt_logprobs, cfg.V)
     for name in ("topk_sample_logprobs", "topk_prompt_logprobs", "prompt_alt_tokens_k"):
         most = MOST_PER_POSITION if name == "prompt_alt_tokens_k" else min(cfg.V, MOST_PER_POSITION)
@@ -138,6 +148,9 @@ def _prompt(request: SampleRequest, cfg: DecoderConfig) -> np.ndarray:
 def _targets(targets: TensorData | None, V: int) -> np.ndarray | None:
     if targets is None:
         return None
+    columns = (targets.shape or targets.to_numpy().shape)[1]
+    if columns > MOST_PER_POSITION:  # before a sparse tensor takes the memory of a dense one
+        raise BadRequestError(f"target_prompt_logprobs: expected at most {MOST_PER_POSITION} columns, got {columns}.")
     ids = targets.to_numpy(pad_value=-1)
     wrong = np.argwhere((ids < -1) | (ids >= V))
     if wrong.size:
@@ -145,6 +158,4 @@ def _targets(targets: TensorData | None, V: int) -> np.ndarray | None:
         raise BadRequestError(
             f"target_prompt_logprobs[{i}, {j}]: expected a token id below {V}, or -1 for nothing, got {ids[i, j]}."
         )
-    if ids.shape[1] > MOST_PER_POSITION:
-        raise BadRequestError(f"target_prompt_logprobs: expected at most {MOST_PER_POSITION} columns, got {ids.shape[1]}.")
     return ids

@@ -133,7 +133,7 @@ class Sampler:
             BadRequestError: see `tinker_jax.sampling.requests.parse`; or a single sequence would never fit the cache's memory.
             UnsupportedError: a chunk that is not text.
         """
-        checked = parse(request, self._cfg, self._stop_ids)
+        checked = parse(request, self._cfg, self._stop_ids, self._pages * PAGE)
         if pages_for(checked.need) > self._pages:
             raise BadRequestError(self._too_large(checked))
         return checked

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tinker_jax.types import _check
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 from tinker_jax.types.loss_specs import LOSS_SPECS, LossInput, LossSpec
 
@@ -58,16 +60,16 @@ def check_loss(loss_fn: str, config: Mapping[str, Any] | None = None) -> LossSpe
         BadRequestError: unknown loss, unknown key, a value that is not a finite number, bounds that cross.
     """
     if not isinstance(loss_fn, str) or loss_fn not in LOSS_SPECS:
-        raise BadRequestError(f"loss_fn: unknown loss {loss_fn!r}; known: {', '.join(LOSS_SPECS)}")
+        raise BadRequestError(f"loss_fn: unknown loss {brief(loss_fn)}; known: {', '.join(LOSS_SPECS)}")
     spec = LOSS_SPECS[loss_fn]
     if config is not None and not isinstance(config, Mapping):
         raise BadRequestError(f"loss_fn_config: expected a dict or None, got {type(config).__name__}")
     for key, value in (config or {}).items():
         if key not in spec.config:
             known = ", ".join(f"{name} (default {default:g})" for name, default in spec.config.items())
-            raise BadRequestError(f"loss_fn_config: {loss_fn} has no key {key!r}; known: {known or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not _is_float32(value):
-            raise BadRequestError(f"loss_fn_config[{key!r}]: expected a finite number, got {value!r}")
+            raise BadRequestError(f"loss_fn_config: {loss_fn} has no key {brief(key)}; known: {known or 'none'}")
+        if not isinstance(value, int | float | np.integer | np.floating) or not _is_float32(value):
+            raise BadRequestError(f"loss_fn_config[{key!r}]: expected a finite number, got {brief(value)}")
     values = {**spec.config, **(config or {})}
     if _CLIP_LOW in values and values[_CLIP_LOW] > values[_CLIP_HIGH]:
         raise BadRequestError(
@@ -176,13 +178,15 @@ def _array(tensor: Any, where: str, declared: LossInput) -> np.ndarray:
         raise BadRequestError(f"{where}: expected dtype {declared.dtype}, got {tensor.dtype}; pass {kind}")
     try:
         return np.asarray(tensor.to_numpy())
-    except (AssertionError, RuntimeError, ValueError, IndexError) as error:  # only a foreign CSR tensor is unchecked
+    # A foreign CSR tensor is unchecked; memory may be short for any.
+    except (AssertionError, RuntimeError, ValueError, IndexError, MemoryError) as error:
         raise BadRequestError(f"{where}: the sparse indices do not describe a tensor: {error}") from error
 
 
 def _is_float32(value: Any) -> bool:
+    number = _check.number(value, "loss_fn_config")
     try:
-        return abs(float(value)) <= _FLOAT32_MAX  # false for NaN
+        return number is not None and abs(float(number)) <= _FLOAT32_MAX  # false for NaN
     except OverflowError:
         return False
 

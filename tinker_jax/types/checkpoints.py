@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeAlias
 
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError
 from tinker_jax.types.training import AdamOptimizerConfig, OptimizerConfig
 
@@ -55,7 +56,7 @@ class ParsedCheckpointTinkerPath:
         parts = text.removeprefix(scheme).split("/")
         if not text.startswith(scheme) or len(parts) != 3 or not all(parts) or parts[1] not in _KIND_TO_TYPE:
             raise BadRequestError(
-                f"Invalid tinker path: {tinker_path}; expected tinker://<run>/<{'|'.join(_KIND_TO_TYPE)}>/<name>"
+                f"Invalid tinker path: {brief(tinker_path)}; expected tinker://<run>/<{'|'.join(_KIND_TO_TYPE)}>/<name>"
             )
         return cls(
             tinker_path=tinker_path,

@@ -34,11 +34,10 @@ def coerce(cls: type[T], value: Any, what: str) -> T:
         return value
     if not looks_like(cls, value):
         raise BadRequestError(f"{what}: expected {cls.__name__}, got {type(value).__name__}")
-    rebuild = getattr(cls, "_from_foreign", None)
-    if rebuild is not None:
-        return rebuild(value)
-    names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields if field.init and not field.name.startswith("_")]
     missing = [name for name in names if not hasattr(value, name)]
     if missing:
         raise BadRequestError(f"{what}: this {cls.__name__} has no attribute {missing[0]!r}")
-    return cls(**{name: getattr(value, name) for name in names})
+    rebuild = getattr(cls, "_from_foreign", None)
+    return cls(**{name: getattr(value, name) for name in names}) if rebuild is None else rebuild(value)

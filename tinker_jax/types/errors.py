@@ -1,6 +1,6 @@
 """Errors. One base class, `TinkerError`; each concrete error is also the standard type a caller would expect.
 
-Names and hierarchy follow tinker 0.38; `StorageError` and `UnsupportedError` are ours. All are picklable.
+Names and hierarchy follow tinker 0.38; those below `StorageError` are ours. All are picklable.
 """
 
 from __future__ import annotations
@@ -115,6 +115,29 @@ class StorageError(TinkerError, OSError):
 
 class UnsupportedError(TinkerError, NotImplementedError):
     """Known to Tinker, not available here; the message says why and what to do instead."""
+
+
+class ArgumentTypeError(BadRequestError, TypeError):
+    """A required argument is missing, or of a type that the call does not take."""
+
+
+class UnknownKeyError(BadRequestError, KeyError):
+    """A key whose meaning is not known."""
+
+    def __str__(self) -> str:
+        return self.message  # KeyError shows the repr
+
+
+class UnpairedSpansError(BadRequestError, AssertionError):
+    """Provenance spans of a datum's input without those of its loss inputs, or the reverse."""
+
+
+class StateError(APIError, RuntimeError):
+    """The call is not possible now: a closed client or engine, a forked process, the engine's own thread."""
+
+
+class MissingPackageError(TinkerError, ImportError):
+    """An optional package that the call needs is not installed."""
 
 
 class ExperimentalWarning(FutureWarning):

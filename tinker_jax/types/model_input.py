@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from tinker_jax.types import _check
+from tinker_jax.types._arrays import as_numpy
+from tinker_jax.types._show import listing
 from tinker_jax.types.coerce import coerce
 from tinker_jax.types.errors import BadRequestError
+from tinker_jax.types.tensor_data import AnyArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +22,23 @@ class EncodedTextChunk:
     """Token ids of text.
 
     Attributes:
-        tokens: Python ints; a tuple stays a tuple, any other sequence (a numpy array too) becomes a list.
+        tokens: Python ints; a tuple stays a tuple, any other sequence, or an array of NumPy, JAX or PyTorch, becomes a list.
     """
 
     tokens: Sequence[int]
     type: Literal["encoded_text"] = "encoded_text"
 
+    if TYPE_CHECKING:
+        # What is taken is more than what is kept.
+        def __init__(self, *, tokens: Sequence[int] | AnyArray, type: Literal["encoded_text"] = "encoded_text") -> None: ...
+
     def __post_init__(self) -> None:
         _check.one_of(self.type, ("encoded_text",), "EncodedTextChunk.type")
         object.__setattr__(self, "tokens", _as_tokens(self.tokens))
+
+    def __repr__(self) -> str:
+        tokens = repr(self.tokens) if len(self.tokens) <= 8 else listing(self.tokens)
+        return f"EncodedTextChunk(tokens={tokens}, type={self.type!r})"
 
     @property
     def length(self) -> int:
@@ -54,8 +64,7 @@ class ImageChunk:
         _check.one_of(self.type, ("image",), "ImageChunk.type")
         _check.one_of(self.format, ("png", "jpeg"), "ImageChunk.format")
         object.__setattr__(self, "data", _as_bytes(self.data, "ImageChunk.data"))
-        if self.expected_tokens is not None:
-            _check.integer(self.expected_tokens, "ImageChunk.expected_tokens", minimum=0)
+        _check_expected_tokens(self)
 
     @property
     def length(self) -> int:
@@ -75,8 +84,8 @@ class ImageAssetPointerChunk:
     def __post_init__(self) -> None:
         _check.one_of(self.type, ("image_asset_pointer",), "ImageAssetPointerChunk.type")
         _check.one_of(self.format, ("png", "jpeg"), "ImageAssetPointerChunk.format")
-        if self.expected_tokens is not None:
-            _check.integer(self.expected_tokens, "ImageAssetPointerChunk.expected_tokens", minimum=0)
+        _check.text(self.location, "ImageAssetPointerChunk.location")
+        _check_expected_tokens(self)
 
     @property
     def length(self) -> int:
@@ -122,14 +131,17 @@ class ModelInput:
     chunks: list[ModelInputChunk]
 
     def __post_init__(self) -> None:
-        if isinstance(self.chunks, (str, bytes, Mapping)) or not isinstance(self.chunks, Sequence):
+        if not _check.is_list(self.chunks):
             raise _check.refuse("ModelInput.chunks", "a list of chunks", self.chunks)
         chunks = [_as_chunk(chunk, f"ModelInput.chunks[{i}]") for i, chunk in enumerate(self.chunks)]
         object.__setattr__(self, "chunks", chunks)
 
+    def __repr__(self) -> str:
+        return f"ModelInput(chunks={listing(self.chunks)})"
+
     @classmethod
-    def from_ints(cls, tokens: list[int]) -> ModelInput:
-        """One text chunk of `tokens` (any integer sequence, a numpy array too)."""
+    def from_ints(cls, tokens: Sequence[int] | AnyArray) -> ModelInput:
+        """One text chunk of `tokens`: a sequence of integers, or an array of NumPy, JAX or PyTorch with one axis."""
         return cls(chunks=[EncodedTextChunk(tokens=tokens)])
 
     def to_ints(self) -> list[int]:
@@ -174,47 +186,60 @@ def _as_chunk(value: Any, what: str) -> ModelInputChunk:
 
 
 def _as_tokens(tokens: Any) -> Sequence[int]:
-    """Checked Python ints: integers, booleans and integral floats pass, as in the SDK."""
+    """Checked Python ints: integers, booleans and integral floats pass, as in the SDK, but no array of booleans."""
     field_name = "EncodedTextChunk.tokens"
-    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray)):
-        hint = " (of what a tokenizer returns, take ['input_ids'])" if isinstance(tokens, Mapping) else ""
-        raise _check.refuse(field_name, f"a list of token ids{hint}", tokens)
-    try:
-        array = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
-    except ValueError:  # nested lists of different lengths
-        raise _odd_token(field_name, tokens) from None
-    if isinstance(tokens, np.ndarray) and array.ndim != 1:
-        raise BadRequestError(f"{field_name}: expected one axis, got shape {list(array.shape)}")
-    if array.ndim != 1 or array.dtype.kind not in "iubf":
-        raise _odd_token(field_name, tokens)
+    array = as_numpy(tokens, field_name)
+    if array is not None:
+        if array.ndim != 1:
+            raise BadRequestError(f"{field_name}: expected one axis, got shape {list(array.shape)}")
+        if array.dtype.kind not in "iuf":
+            raise BadRequestError(f"{field_name}: expected integers, got an array of {array.dtype}")
+    else:
+        if not _check.is_list(tokens):
+            hint = " (of what a tokenizer returns, take ['input_ids'])" if isinstance(tokens, Mapping) else ""
+            raise _check.refuse(field_name, f"a list of token ids{hint}", tokens)
+        try:
+            array = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
+        except Exception:  # nested lists of different lengths, or whatever an item raises when it is read
+            raise _odd_token(field_name, tokens) from None
+        if array.ndim != 1 or array.dtype.kind not in "iubf":
+            raise _odd_token(field_name, tokens)
     if array.dtype.kind == "f":
         wrong = np.flatnonzero(~(np.isfinite(array) & (array == np.trunc(array))))
         if wrong.size:
             raise BadRequestError(f"{field_name}[{wrong[0]}]: expected an integer, got {array[wrong[0]]}")
-    if array.dtype.kind in "uf" and (array >= 2.0**63).any():
-        raise _odd_token(field_name, tokens)
+    if array.dtype.kind in "uf" and (np.abs(array) >= 2.0**63).any():
+        raise _odd_token(field_name, array.tolist())
     ints = array.astype(np.int64, copy=False).tolist()
     return tuple(ints) if isinstance(tokens, tuple) else ints
 
 
-def _odd_token(field_name: str, tokens: Any) -> BadRequestError:
-    """The error for the first of `tokens` that is no number, or else the first that is too large."""
+def _odd_token(field_name: str, tokens: Sequence[Any]) -> BadRequestError:
+    """The error for the first of `tokens` that is no number, or too large."""
     for i, token in enumerate(tokens):
-        if not isinstance(token, (int, float, np.number, np.bool_)):
+        number = int(token) if isinstance(token, (bool, np.bool_)) else _check.number(token, f"{field_name}[{i}]")
+        if number is None:
             return _check.refuse(f"{field_name}[{i}]", "an integer", token)
-    i = next(i for i, token in enumerate(tokens) if abs(token) >= 2**63)
-    return _check.refuse(f"{field_name}[{i}]", "an integer below 2**63", tokens[i])
+        if not abs(number) < 2**63:
+            return _check.refuse(f"{field_name}[{i}]", "an integer below 2**63", token)
+    return _check.refuse(field_name, "integers", tokens)
 
 
 def _as_bytes(value: Any, field_name: str) -> bytes:
     if isinstance(value, str):
         try:
             return base64.b64decode(value)
-        except binascii.Error as error:
+        except ValueError as error:
             raise BadRequestError(f"{field_name}: not base64: {error}") from None
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     raise _check.refuse(field_name, "bytes", value)
+
+
+def _check_expected_tokens(chunk: ImageChunk | ImageAssetPointerChunk) -> None:
+    if chunk.expected_tokens is not None:
+        field_name = f"{type(chunk).__name__}.expected_tokens"
+        object.__setattr__(chunk, "expected_tokens", _check.integer(chunk.expected_tokens, field_name, minimum=0))
 
 
 def _expected_length(expected_tokens: int | None, chunk: str) -> int:

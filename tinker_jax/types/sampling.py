@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tinker_jax.types import _check
+from tinker_jax.types._arrays import as_numpy
+from tinker_jax.types._show import listing
 from tinker_jax.types.coerce import coerce
 from tinker_jax.types.model_input import ModelInput
 from tinker_jax.types.tensor_data import TensorData
@@ -26,8 +28,8 @@ class SamplingParams:
     """How to draw tokens.
 
     Attributes:
-        max_tokens: most tokens to draw; None: until a stop or the end of the context.
-        seed: makes the draw reproducible; None: different each time.
+        max_tokens: most tokens to draw; None: until a stop or the end of what fits, the context or the engine's cache.
+        seed: makes the draw reproducible, 64 bits; None: different each time.
         stop: None stops at the model's end-of-sequence token; `[]` never stops; otherwise strings or token ids, the
             end-of-sequence token not among them unless listed. What stops a sequence is part of its tokens.
         temperature: >= 0; 0 is greedy.
@@ -47,7 +49,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             put(self, "max_tokens", _check.integer(self.max_tokens, "SamplingParams.max_tokens", minimum=1))
         if self.seed is not None:
-            put(self, "seed", _check.integer(self.seed, "SamplingParams.seed"))
+            put(self, "seed", _check.seed(self.seed, "SamplingParams.seed"))
         put(self, "stop", _as_stop(self.stop))
         put(self, "temperature", _check.real(self.temperature, "SamplingParams.temperature", minimum=0))
         put(self, "top_p", _check.real(self.top_p, "SamplingParams.top_p", above=0, maximum=1))
@@ -63,7 +65,9 @@ def _as_stop(stop: Any) -> str | list[str] | list[int] | None:
         return None
     if isinstance(stop, str):
         return _check.text(stop, "SamplingParams.stop")
-    if isinstance(stop, bytes) or not isinstance(stop, (Sequence, np.ndarray)):
+    array = as_numpy(stop, "SamplingParams.stop")
+    stop = stop if array is None else array.tolist()
+    if not _check.is_list(stop):
         raise _check.refuse("SamplingParams.stop", expected, stop)
     if len(stop) and all(isinstance(item, str) for item in stop):
         return [_check.text(item, f"SamplingParams.stop[{i}]") for i, item in enumerate(stop)]
@@ -107,6 +111,14 @@ class SampleRequest:
         put(self, "prompt", coerce(ModelInput, self.prompt, "prompt"))
         put(self, "sampling_params", coerce(SamplingParams, self.sampling_params, "sampling_params"))
         put(self, "num_samples", _check.integer(self.num_samples, "num_samples", minimum=1))
+        for name in ("base_model", "model_path", "sampling_session_id"):
+            _check.optional_text(getattr(self, name), name)
+        for name in ("prompt_logprobs", "record_stability_info"):
+            if getattr(self, name) is not None:
+                put(self, name, _check.boolean(getattr(self, name), name))
+        if self.seq_id is not None:
+            put(self, "seq_id", _check.integer(self.seq_id, "seq_id", minimum=0))
+        _check.one_of(self.type, ("sample",), "type")
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
             put(self, name, _check.integer(getattr(self, name), name, minimum=0))
         self._check_prompt_scoring()
@@ -115,6 +127,7 @@ class SampleRequest:
         positions = self.prompt.length - 1
         if self.prompt_logprobs_last_n is not None:
             last_n = _check.integer(self.prompt_logprobs_last_n, "prompt_logprobs_last_n", minimum=1)
+            object.__setattr__(self, "prompt_logprobs_last_n", last_n)
             if not self.prompt_logprobs:
                 raise _check.refuse("include_prompt_logprobs", "True with prompt_logprobs_last_n", False)
             if last_n > positions:
@@ -141,6 +154,10 @@ class TopkLogprobs:
 
     token_ids: np.ndarray
     logprobs: np.ndarray
+
+    def __repr__(self) -> str:
+        shape = list(self.token_ids.shape)
+        return f"TopkLogprobs(token_ids={self.token_ids.dtype} {shape}, logprobs={self.logprobs.dtype} {shape})"
 
 
 def topk_to_lists(topk: TopkLogprobs) -> list[list[tuple[int, float]] | None]:
@@ -188,6 +205,10 @@ class SampledSequence:
     _logprobs_list: list[float] | None = field(default=None, repr=False)
     _topk_logprobs_list: list[list[tuple[int, float]] | None] | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        tokens = listing(self.tokens, str)
+        return f"SampledSequence(stop_reason={self.stop_reason!r}, sequence_id={self.sequence_id!r}, tokens={tokens})"
+
     @cached_property
     def tokens(self) -> list[int]:
         """Token ids."""
@@ -231,6 +252,11 @@ class SampleResponse:
     prompt_alt_tokens: PromptAltTokens | None = None
     _prompt_logprobs_list: list[float | None] | None = field(default=None, repr=False)
     _topk_prompt_logprobs_list: list[list[tuple[int, float]] | None] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        names = ("target_prompt_logprobs", "prompt_cache_hit_tokens", "prompt_alt_tokens")
+        rest = "".join(f", {name}={getattr(self, name)}" for name in names)
+        return f"SampleResponse(sequences={listing(self.sequences, most=4)}{rest})"
 
     @cached_property
     def prompt_logprobs(self) -> list[float | None] | None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from tinker_jax.types import _check
+from tinker_jax.types._show import listing
 from tinker_jax.types.coerce import coerce, looks_like
 from tinker_jax.types.datum import Datum
-from tinker_jax.types.errors import BadRequestError
+from tinker_jax.types.errors import ArgumentTypeError, BadRequestError
 from tinker_jax.types.tensor_data import TensorData
 
 ModelID: TypeAlias = str
@@ -27,7 +28,7 @@ class LoraConfig:
 
     Attributes:
         rank: >= 1.
-        seed: of the initial adapter; None: drawn anew each time.
+        seed: of the initial adapter, 64 bits; None: drawn anew each time.
         train_unembed, train_mlp, train_attn: which groups of weights carry an adapter; at least one.
     """
 
@@ -41,7 +42,7 @@ class LoraConfig:
         put = object.__setattr__
         put(self, "rank", _check.integer(self.rank, "LoraConfig.rank", minimum=1))
         if self.seed is not None:
-            put(self, "seed", _check.integer(self.seed, "LoraConfig.seed"))
+            put(self, "seed", _check.seed(self.seed, "LoraConfig.seed"))
         for name in ("train_unembed", "train_mlp", "train_attn"):
             put(self, name, _check.boolean(getattr(self, name), f"LoraConfig.{name}"))
         if not (self.train_unembed or self.train_mlp or self.train_attn):
@@ -98,11 +99,11 @@ OptimParams: TypeAlias = AdamParams | DimuonParams
 
 
 def as_optim_params(value: Any, what: str = "optim_params") -> OptimParams:
-    """`value` as `AdamParams` or `DimuonParams`; TypeError for anything else."""
+    """`value` as `AdamParams` or `DimuonParams`; ArgumentTypeError for anything else."""
     for cls in (AdamParams, DimuonParams):
         if looks_like(cls, value):
             return coerce(cls, value, what)
-    raise TypeError(f"{what}: expected AdamParams or DimuonParams, got {type(value).__name__}")
+    raise ArgumentTypeError(f"{what}: expected AdamParams or DimuonParams, got {type(value).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,27 @@ class ForwardBackwardInput:
     loss_fn: LossFnType
     loss_fn_config: Mapping[str, float | str] | None = None
 
+    def __post_init__(self) -> None:
+        if not _check.is_list(self.data):
+            raise _check.refuse("ForwardBackwardInput.data", "a list of Datum", self.data)
+        data = [coerce(Datum, datum, f"ForwardBackwardInput.data[{i}]") for i, datum in enumerate(self.data)]
+        object.__setattr__(self, "data", data)
+        _check.text(self.loss_fn, "ForwardBackwardInput.loss_fn")
+        if self.loss_fn_config is not None and not isinstance(self.loss_fn_config, Mapping):
+            raise _check.refuse("ForwardBackwardInput.loss_fn_config", "a dict or None", self.loss_fn_config)
+
+    def __repr__(self) -> str:
+        rest = f"loss_fn={self.loss_fn!r}, loss_fn_config={self.loss_fn_config}"
+        return f"ForwardBackwardInput(data={listing(self.data, most=2)}, {rest})"
+
+
+def _check_request(request: ForwardBackwardRequest | ForwardRequest, name: str) -> None:
+    kind, put = type(request).__name__, object.__setattr__
+    put(request, name, coerce(ForwardBackwardInput, getattr(request, name), f"{kind}.{name}"))
+    _check.text(request.model_id, f"{kind}.model_id")
+    if request.seq_id is not None:
+        put(request, "seq_id", _check.integer(request.seq_id, f"{kind}.seq_id", minimum=0))
+
 
 @dataclass(frozen=True)
 class ForwardBackwardRequest:
@@ -147,6 +169,9 @@ class ForwardBackwardRequest:
     model_id: ModelID
     seq_id: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_request(self, "forward_backward_input")
+
 
 @dataclass(frozen=True)
 class ForwardRequest:
@@ -155,6 +180,9 @@ class ForwardRequest:
     forward_input: ForwardBackwardInput
     model_id: ModelID
     seq_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_request(self, "forward_input")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +196,9 @@ class OptimStepRequest:
 
     def __post_init__(self) -> None:
         _check.one_of(self.type, ("optim_step",), "OptimStepRequest.type")
+        _check.text(self.model_id, "OptimStepRequest.model_id")
+        if self.seq_id is not None:
+            object.__setattr__(self, "seq_id", _check.integer(self.seq_id, "OptimStepRequest.seq_id", minimum=0))
         object.__setattr__(self, "optim_params", as_optim_params(self.optim_params))
 
 
@@ -184,6 +215,10 @@ class ForwardBackwardOutput:
     loss_fn_output_type: str
     loss_fn_outputs: list[LossFnOutput]
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        outputs = f"loss_fn_outputs={listing(self.loss_fn_outputs, most=2)}, metrics={self.metrics}"
+        return f"ForwardBackwardOutput(loss_fn_output_type={self.loss_fn_output_type!r}, {outputs})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,3 +238,7 @@ class CustomLossInput:
 
     name: str
     rank: CustomLossInputRank
+
+    def __post_init__(self) -> None:
+        _check.text(self.name, "CustomLossInput.name")
+        _check.one_of(self.rank, (0, 1, 2), "CustomLossInput.rank")
