@@ -9,13 +9,14 @@ import tiny
 
 from tinker_jax import sharding
 from tinker_jax.lora import abstract
-from tinker_jax.memory import POLICIES, Plan, activation_bytes, base_bytes, plan, smaller
+from tinker_jax.memory import POLICIES, Plan, _group_limits, activation_bytes, base_bytes, device_bytes, plan, smaller
 from tinker_jax.models.config import DecoderConfig, Rope, parse
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
 from tinker_jax.training.trainer import groups
 from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types import LoraConfig
+from tinker_jax.types.errors import BadRequestError
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
 
@@ -108,3 +109,40 @@ def test_out_of_memory_leaves_a_micro_batch_alone_then_halves_it_then_recomputes
         (512, "attention", False),
         (512, "full", False),
     ]
+
+
+def test_limits_of_the_control_group_and_of_those_above_it_count(tmp_path):
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    for place, limit in (("", "max"), ("a", "9000"), ("a/b", "max"), ("a/b/c", "12000"), ("elsewhere", "1")):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / "memory.max").write_text(f"{limit}\n")
+    groups.write_text("0::/a/b/c\n")
+    assert _group_limits(groups, root) == [12000, 9000]
+    groups.write_text("0::/not/there\n")
+    assert _group_limits(groups, root) == []
+    assert _group_limits(tmp_path / "none", root) == []
+
+
+def test_limits_of_the_first_version_of_control_groups_count(tmp_path):
+    groups, own = tmp_path / "cgroup", tmp_path / "fs" / "memory" / "job"
+    own.mkdir(parents=True)
+    (own / "memory.limit_in_bytes").write_text("5000\n")
+    groups.write_text("12:cpu,cpuacct:/job\n11:memory:/job\n")
+    assert _group_limits(groups, tmp_path / "fs") == [5000]
+
+
+def test_a_small_control_group_is_the_limit_of_a_cpu(monkeypatch):
+    monkeypatch.setattr("tinker_jax.memory._group_limits", lambda: [3 << 30, 2 << 30])
+    assert device_bytes() == 1 << 30
+
+
+def test_an_accelerator_that_does_not_tell_its_memory_must_be_told(monkeypatch):
+    class Device:
+        platform, device_kind = "tpu", "TPU v99"
+
+        def memory_stats(self):
+            return None
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(BadRequestError, match=r"TPU v99 does not tell how much memory it has; .*EngineConfig\.memory"):
+        device_bytes()

@@ -1,6 +1,6 @@
 """Memory plan: how many tokens one training program may hold, what it keeps for the backward pass, room for keys and values.
 
-Pure functions of configuration and byte counts; no device is asked here except in `device_bytes`.
+Pure functions of configuration and byte counts; no device or file is asked here except in `device_bytes`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 
@@ -17,6 +18,7 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Remat
 from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
+from tinker_jax.types.errors import BadRequestError
 
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _MOST_TOKENS_CPU = 1024  # of each of two at once, measured (docs/performance.md)
@@ -40,6 +42,7 @@ class Plan:
         kv_bytes: for the key/value cache, on each device.
         unstack: decoding may hold a second copy of the layers' weights.
         at_once: positions of two micro-batches that a CPU works on at once; larger ones run one after the other.
+        memory: bytes of one device that were divided.
     """
 
     token_budget: int
@@ -47,6 +50,7 @@ class Plan:
     kv_bytes: int
     unstack: bool = False
     at_once: int = 0
+    memory: int = 0
 
 
 class OutOfMemory(MemoryError):
@@ -99,11 +103,41 @@ def smaller(plan: Plan, shape: tuple[int, int], least: int, several: bool) -> Pl
 
 
 def device_bytes() -> int:
-    """Memory of one device: what it reports, else (CPU) half of the machine's."""
-    stats = jax.local_devices()[0].memory_stats()
+    """Memory of one device: what it reports; of a CPU half of what the machine has or the process's control group allows.
+
+    Raises:
+        BadRequestError: an accelerator that does not tell.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if device.platform != "cpu":
+        raise BadRequestError(
+            f"{device.device_kind} does not tell how much memory it has; say how much an engine may use (EngineConfig.memory)."
+        )
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()]) // 2
+
+
+def _group_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that the process's control group and those above it allow, where they set a limit (Linux, cgroup v2 and v1)."""
+    found = []
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        own = top / path.strip("/")
+        for place in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                found.append(int((place / name).read_text()))
+            if place == top:
+                break
+    return found
 
 
 def base_bytes(cfg: DecoderConfig, itemsize: int) -> int:
@@ -170,4 +204,4 @@ def plan(
     layers = itemsize * sum(math.prod(w.full_shape) for w in weights(cfg) if w.stacked) // (fsdp * tensor)
     unstack = platform == "gpu" and layers <= free // 2
     budget = min(max(tokens // at_once, 1), most) * data * fsdp
-    return Plan(budget, remat, kv_bytes, unstack, at_once=tokens if at_once > 1 else 0)
+    return Plan(budget, remat, kv_bytes, unstack, tokens if at_once > 1 else 0, memory)

@@ -59,8 +59,12 @@ class FakeEngine:
 
         return self._pool.submit(work)
 
+    @property
+    def known_info(self) -> FakeInfo | None:
+        return FakeInfo(self.base_model, "qwen3", "/nowhere", 64, 100)
+
     def info(self) -> Future[FakeInfo]:
-        return self._pool.submit(lambda: FakeInfo(self.base_model, "qwen3", "/nowhere", 64, 100))
+        return self._pool.submit(lambda: self.known_info)
 
     def create_adapter(self, model_id: str, lora: LoraConfig) -> Future[LoraConfig]:
         return self._run(("create_adapter", model_id, lora), lora)

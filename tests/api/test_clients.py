@@ -7,6 +7,7 @@ import gc
 import inspect
 import pickle
 import warnings
+from concurrent.futures import CancelledError, Future
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ import torch
 
 import tinker_jax
 from tinker_jax import AdamParams, APIFuture, Datum, EngineConfig, ModelInput, SamplingParams, ServiceClient
+from tinker_jax.api import futures
 from tinker_jax.checkpoints.store import Store
+from tinker_jax.types.errors import StorageError
 
 
 def datum(n: int = 3, **inputs) -> Datum:
@@ -555,7 +558,33 @@ def test_a_client_that_becomes_ready_after_the_close_is_freed(service, engines):
     closing.result(5)
     with pytest.raises(RuntimeError, match="ServiceClient is closed"):
         future.result(5)
-    assert len(engines["base"].released) == 2
+    assert len(set(engines["base"].released)) == 2
+
+
+def test_a_client_that_cannot_be_made_leaves_no_adapter_behind(service, engines, monkeypatch):
+    client = service.create_lora_training_client("base").result()
+    monkeypatch.setattr("tinker_jax.checkpoints.store.Store.create_run", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+    with pytest.raises(StorageError, match="full"):
+        service.create_lora_training_client("base").result(5)
+    created = [name for kind, name, *_ in engines["base"].log if kind == "create_adapter"]
+    assert created[0] == client.model_id and set(engines["base"].released) == {created[1]}
+
+
+@pytest.mark.parametrize("kind", ["training", "sampling"])
+def test_a_client_that_is_cancelled_when_its_adapter_is_there_leaves_none_behind(service, engines, training, monkeypatch, kind):
+    """The moment between the end of the engine's work and that of the client's making."""
+    real = futures.Derived.set_running_or_notify_cancel
+    monkeypatch.setattr(
+        futures.Derived, "set_running_or_notify_cancel", lambda self: (Future.cancel(self) and False) or real(self)
+    )
+    with pytest.raises(CancelledError):
+        if kind == "training":
+            service.create_lora_training_client("base").result(5)
+        else:
+            training.save_weights_and_get_sampling_client().result(5)
+    monkeypatch.undo()
+    made = [entry[1] if entry[0] == "create_adapter" else entry[2] for entry in engines["base"].log[1:]]
+    assert engines["base"].released == made
 
 
 def test_what_only_the_cloud_has_is_refused_with_the_way_out(service, training):

@@ -8,11 +8,13 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from fake_engine import FakeInfo
 
 import tinker_jax
 from tinker_jax import AdminClient, APIFuture, EngineConfig, RestClient
 
 RUN = "old:train:0"
+INFO = FakeInfo("base", "qwen3", "/nowhere", 64, 100)
 PATH = f"tinker://{RUN}/weights/a"
 
 
@@ -99,13 +101,13 @@ def test_capabilities_name_the_embedded_and_the_loaded_models(rest, service, eng
         assert service.create_rest_client() is service._rest_client()
 
 
-def test_a_model_that_fails_to_load_does_not_hide_the_others(rest, service, engines, monkeypatch):
-    for name in ("base", "broken"):
+def test_capabilities_wait_neither_for_a_busy_engine_nor_for_one_that_loads(rest, service, engines, monkeypatch):
+    for name in ("base", "loading"):
         service.create_lora_training_client(name).result()
-    failed = engines["broken"]._pool.submit(lambda: (_ for _ in ()).throw(tinker_jax.NotFoundError("no model")))
-    monkeypatch.setattr(engines["broken"], "info", lambda: failed)
-    models = [m.model_name for m in rest.get_server_capabilities().result().supported_models]
-    assert models == ["tinker-jax/tiny-qwen3", "base"]
+    engines["base"].hold()
+    monkeypatch.setattr(type(engines["loading"]), "known_info", property(lambda e: None if e.base_model == "loading" else INFO))
+    models = {m.model_name: m.max_context_length for m in rest.get_server_capabilities().result(5).supported_models}
+    assert models == {"tinker-jax/tiny-qwen3": None, "base": 64, "loading": None}
 
 
 def test_what_is_no_path_or_configuration_is_refused(rest):

@@ -15,6 +15,7 @@ from tinker_jax.models.config import parse
 from tinker_jax.models.dense import Remat
 from tinker_jax.models.weights import weights
 from tinker_jax.programs import Program
+from tinker_jax.training.pending import complete
 from tinker_jax.training.trainer import Trainer
 from tinker_jax.types import Datum, LoraConfig, ModelInput
 
@@ -40,7 +41,7 @@ def training_step(monkeypatch):
         trainer = Trainer(cfg, params, mesh, Plan(token_budget=512, remat=remat, kv_bytes=1))
         adapter = trainer.new_adapter(LoraConfig(rank=4), 0)
         with pytest.raises(Traced) as caught:
-            trainer.forward_backward(adapter, DATA, "cross_entropy", None, backward=True)
+            complete(trainer.forward_backward(adapter, DATA, "cross_entropy", None, backward=True))
         return caught.value.args[0]
 
     monkeypatch.setattr(Program, "__call__", trace)

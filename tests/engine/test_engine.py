@@ -554,3 +554,34 @@ def test_a_closed_engine_refuses_every_call_with_an_error_of_the_api(checkpoint,
         with pytest.raises(StateError, match="the engine is closed"):
             call()
     engine.release("a")
+
+
+def test_a_tokenizer_that_loads_slowly_holds_up_its_own_sampler_alone(engine, monkeypatch):
+    """The first request with a stop string imports transformers; the engine goes on meanwhile."""
+    loading, gate = threading.Event(), threading.Event()
+
+    def load(_):
+        loading.set()
+        assert gate.wait(60)
+        return Words()
+
+    class Words:
+        def decode(self, tokens, **options):
+            return " ".join(map(str, tokens))
+
+    monkeypatch.setattr("tinker_jax.engine.model_files.load_tokenizer", load)
+    monkeypatch.setattr(engine, "_text", type(engine._text)(engine._text._directory))
+    monkeypatch.setattr(engine._sampler, "_decode_text", engine._text)
+    for name in ("slow", "other"):
+        engine.load_sampler(name, None).result(120)
+    prompt, params = ModelInput.from_ints([5, 6]), {"max_tokens": 3, "seed": 0}
+    waiting = engine.sample("slow", SampleRequest(prompt=prompt, sampling_params=SamplingParams(stop="no such text", **params)))
+    assert loading.wait(60)
+    other = engine.sample("other", SampleRequest(prompt=prompt, sampling_params=SamplingParams(stop=[], **params))).result(120)
+    assert not waiting.done()
+    gate.set()
+    assert waiting.result(120).sequences[0].tokens == other.sequences[0].tokens
+    again = engine.sample("slow", SampleRequest(prompt=prompt, sampling_params=SamplingParams(stop="no such text", **params)))
+    assert len(again.result(120).sequences[0].tokens) == 3
+    for name in ("slow", "other"):
+        engine.release(name)

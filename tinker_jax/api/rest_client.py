@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from tinker_jax.types import (
     WeightsInfoResponse,
     _check,
 )
-from tinker_jax.types.errors import NotFoundError, TinkerError, UnsupportedError
+from tinker_jax.types.errors import NotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
     from tinker_jax.checkpoints.store import CheckpointRecord, RunRecord, Store
@@ -252,8 +251,8 @@ class RestClient:
 
             lengths: dict[str, int | None] = {EMBEDDED_MODEL: None}
             for engine in loaded_engines():
-                with contextlib.suppress(TinkerError, RuntimeError):  # it failed to load, or was closed, meanwhile
-                    lengths[engine.base_model] = engine.info().result().context_length
+                info = engine.known_info  # a busy engine would answer late
+                lengths[engine.base_model] = None if info is None else info.context_length
             models = [
                 SupportedModel(model_name=name, max_context_length=length, trainable=True, sampleable=True)
                 for name, length in lengths.items()

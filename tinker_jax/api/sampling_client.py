@@ -208,4 +208,5 @@ def sampling_client_of(
     """The client of sampler `sampler_id`, once `ready`."""
     session.track(ready, engine)
     client = Derived(lambda info, _: SamplingClient(session, engine, info, sampler_id, model_path), engine.info(), ready)
+    session.give_up(client, engine.release, sampler_id)
     return BackcompatSamplingClientFuture(client)

@@ -120,6 +120,15 @@ class Session:
             finalizer()
             self.require_open()
 
+    def give_up(self, client: Future[Any], release: Callable[[str], None], name: str) -> None:
+        """Frees what the engine holds under `name` if a client that is being made is cancelled or cannot be made."""
+
+        def done(made: Future[Any]) -> None:
+            if made.cancelled() or made.exception() is not None:
+                release(name)
+
+        client.add_done_callback(done)
+
     def touch(self, run_id: str) -> None:
         """Notes that a run was used. Training does not fail because this could not be written."""
         try:

@@ -455,4 +455,6 @@ def _training_client_of(
         return client
 
     session.track(ready, engine)
-    return BackcompatTrainingClientFuture(Derived(make, engine.info(), ready))
+    client = Derived(make, engine.info(), ready)
+    session.give_up(client, engine.release, model_id)
+    return BackcompatTrainingClientFuture(client)

@@ -111,6 +111,7 @@ class Engine:
         self._samplers: dict[str, _SamplerWeights] = {}
         self._inflight: dict[str, list[str]] = {}  # samplers that follow an adapter, by its model_id
         self._info: ModelInfo | None = None
+        self._text: Text | None = None
         self._worker = Worker(
             f"tinker_jax-engine {base_model}", self._load, self._sample_slice, self._precision, self._unload, self._recover
         )
@@ -119,6 +120,11 @@ class Engine:
     def failed(self) -> bool:
         """Did the model fail to load?"""
         return self._worker.failure is not None
+
+    @property
+    def known_info(self) -> ModelInfo | None:
+        """Facts about the base model; None while it is being loaded. Waits for nothing."""
+        return self._info
 
     def close(self) -> None:
         """Ends the worker thread and frees the device memory; later requests raise StateError."""
@@ -148,6 +154,7 @@ class Engine:
         budget = self.config.memory or memory.device_bytes()
         plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape, mesh.devices.flat[0].platform)
         trainer = Trainer(cfg, params, mesh, plan, lambda: self._worker.others_wait(), self.config.deterministic)
+        text = Text(directory)
         sampler = Sampler(
             cfg,
             params,
@@ -156,10 +163,10 @@ class Engine:
             kv_bytes=plan.kv_bytes,
             unstack=plan.unstack,
             stop_ids=stops,
-            decode_text=Text(directory),
+            decode_text=text,
             deterministic=self.config.deterministic,
         )
-        self._params, self._trainer, self._sampler = params, trainer, sampler
+        self._params, self._trainer, self._sampler, self._text = params, trainer, sampler, text
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
         logger.info(
             "loaded %s (%s, %.3g M parameters, %s, mesh %s) in %.1f s; micro-batches of %d tokens, remat %s, cache %.3g GiB",
@@ -491,13 +498,24 @@ class Engine:
             weights = self._sampler_weights(sampler_id)
             self._sampler.submit(checked, weights.key, weights.adapter, future)
 
+        if _stops_at_text(request) and not (self._text and self._text.loaded):
+            self._worker.submit(sampler_id, self._load_text)  # other samplers do not wait for it
         return self._worker.hand_over(sampler_id, admit)
+
+    def _load_text(self) -> Detour | None:
+        assert self._text is not None
+        return None if self._text.loaded else Detour(self._text.load)
 
 
 def _lora_of(record: CheckpointRecord) -> LoraConfig:
     return LoraConfig(
         rank=record.lora_rank, train_mlp=record.train_mlp, train_attn=record.train_attn, train_unembed=record.train_unembed
     )
+
+
+def _stops_at_text(request: SampleRequest) -> bool:
+    stop = request.sampling_params.stop
+    return isinstance(stop, str) or any(isinstance(item, str) for item in stop or ())
 
 
 def _describe(lora: LoraConfig) -> str:

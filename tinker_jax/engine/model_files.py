@@ -39,13 +39,27 @@ def stop_ids(directory: Path) -> tuple[int, ...]:
 
 
 class Text:
-    """Token ids → text, for stop strings. Loads the tokenizer at its first use."""
+    """Token ids → text, for stop strings. The tokenizer, whose import takes seconds, is loaded by `load`, or at the first use.
+
+    Attributes:
+        loaded: it is there.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._tokenizer: Any = None
+        self.loaded = False
+
+    def load(self) -> None:
+        """Loads the tokenizer; on any thread, and again without harm.
+
+        Raises:
+            NotFoundError: there is none that transformers can load.
+        """
+        self._tokenizer = load_tokenizer(self._directory)
+        self.loaded = True
 
     def __call__(self, tokens: Sequence[int]) -> str:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._directory)
+        if not self.loaded:
+            self.load()
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -264,12 +264,12 @@ class Trainer:
         if not isinstance(error, OutOfMemory):
             return error
         if error.shape is None:  # the optimiser, whose size no plan changes
-            return _too_large("optim_step") if again else None
+            return self._too_large("optim_step") if again else None
         if error.plan is not self._plan:  # there is more room since
             return None
         plan = memory.smaller(self._plan, error.shape, error.least, error.several)
         if plan is None:
-            return _too_large(f"a row of {error.shape[1]} tokens, with every layer recomputed,")
+            return self._too_large(f"a row of {error.shape[1]} tokens, with every layer recomputed,")
         logger.warning(
             "out of memory on %d x %d tokens: micro-batches of %d tokens, remat %s, become %d tokens, remat %s%s",
             *error.shape,
@@ -279,12 +279,11 @@ class Trainer:
         self._plan = plan
         return None
 
-
-def _too_large(what: str) -> UnprocessableEntityError:
-    return UnprocessableEntityError(
-        f"{what} does not fit into a device of {memory.device_bytes() / 2**30:.3g} GiB beside the model; nothing was changed. "
-        "Shorten the longest sequence, lower the LoRA rank, or cut the model over more devices (EngineConfig.mesh)."
-    )
+    def _too_large(self, what: str) -> UnprocessableEntityError:
+        return UnprocessableEntityError(
+            f"{what} does not fit into a device of {self._plan.memory / 2**30:.3g} GiB beside the model; nothing was changed. "
+            "Shorten the longest sequence, lower the LoRA rank, or cut the model over more devices (EngineConfig.mesh)."
+        )
 
 
 def _not_finite(logprobs: Sequence[np.ndarray], metrics: Mapping[str, float], adapter: lora_lib.Adapter) -> str | None:
