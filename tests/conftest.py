@@ -1,6 +1,7 @@
 # ruff: noqa: E402
 """Settings every test shares: CPU, strict dtypes, a compilation cache of the suite's own, no hub access."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pytest
 import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """A compiled program is about 25 mappings of memory, and Linux gives a process 65,530: beyond that XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        gc.collect()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

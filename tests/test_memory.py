@@ -16,7 +16,6 @@ from tinker_jax.programs import Program
 from tinker_jax.training.trainer import groups
 from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types import LoraConfig
-from tinker_jax.types.errors import BadRequestError
 
 QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
 
@@ -136,7 +135,7 @@ def test_a_small_control_group_is_the_limit_of_a_cpu(monkeypatch):
     assert device_bytes() == 1 << 30
 
 
-def test_an_accelerator_that_does_not_tell_its_memory_must_be_told(monkeypatch):
+def test_an_accelerator_may_not_tell_its_memory(monkeypatch):
     class Device:
         platform, device_kind = "tpu", "TPU v99"
 
@@ -144,5 +143,4 @@ def test_an_accelerator_that_does_not_tell_its_memory_must_be_told(monkeypatch):
             return None
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    with pytest.raises(BadRequestError, match=r"TPU v99 does not tell how much memory it has; .*EngineConfig\.memory"):
-        device_bytes()
+    assert device_bytes() is None

@@ -18,7 +18,6 @@ from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Remat
 from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
-from tinker_jax.types.errors import BadRequestError
 
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _MOST_TOKENS_CPU = 1024  # of each of two at once, measured (docs/performance.md)
@@ -26,6 +25,7 @@ _LEAST_TOKENS = 2048
 AT_ONCE_CPU = 2
 """Most micro-batches that a CPU works on at once, see `tinker_jax.training.layer_by_layer`."""
 _MOST_CACHED_CPU = 1 << 16  # tokens; a CPU decodes a few dozen rows at a time, and writes every page of the cache at the start
+_SHORT_ROW = 128  # tokens, the shortest that there is
 _RANK = 32  # Tinker's default; no adapter is known when the plan is made
 
 POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
@@ -102,21 +102,21 @@ def smaller(plan: Plan, shape: tuple[int, int], least: int, several: bool) -> Pl
     return replace(plan, remat=POLICIES[at + 1]) if at + 1 < len(POLICIES) else None
 
 
-def device_bytes() -> int:
+def device_bytes() -> int | None:
     """Memory of one device: what it reports; of a CPU half of what the machine has or the process's control group allows.
-
-    Raises:
-        BadRequestError: an accelerator that does not tell.
-    """
+    None: an accelerator that does not tell."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     if device.platform != "cpu":
-        raise BadRequestError(
-            f"{device.device_kind} does not tell how much memory it has; say how much an engine may use (EngineConfig.memory)."
-        )
+        return None
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()]) // 2
+
+
+def used_bytes() -> int:
+    """Bytes of one device that are taken, by whomever in this process; 0 where it does not tell."""
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0))
 
 
 def _group_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -166,6 +166,26 @@ def activation_bytes(cfg: DecoderConfig, itemsize: int, remat: Remat, tensor: in
         kept += cfg.D + heads + 2 * kv_heads + 2 * width + 7 * _RANK
     working = 6 * cfg.D + 4 * heads + 2 * kv_heads + 8 * width
     return itemsize * (cfg.L * kept + working)
+
+
+def least_bytes(cfg: DecoderConfig, itemsize: int, mesh: Mapping[str, int] | None = None) -> int:
+    """Bytes of each device without which nothing can be done: its weights, one short row in training with every layer
+    recomputed, and keys and values of as many tokens."""
+    data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
+    del data
+    work = _SHORT_ROW * (activation_bytes(cfg, itemsize, "full", tensor) + token_bytes(cfg, itemsize, tensor))
+    return base_bytes(cfg, itemsize) // (fsdp * tensor) + work
+
+
+def planned_bytes(cfg: DecoderConfig, itemsize: int, plan: Plan, mesh: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Bytes of each device that a plan takes, by purpose."""
+    data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
+    tokens = plan.token_budget // (data * fsdp) * (AT_ONCE_CPU if plan.at_once else 1)
+    return {
+        "weights": base_bytes(cfg, itemsize) // (fsdp * tensor),
+        "cache": plan.kv_bytes,
+        "activations": tokens * activation_bytes(cfg, itemsize, plan.remat, tensor),
+    }
 
 
 def plan(

@@ -21,7 +21,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     """Every engine of the API is a fake one; the dict tells which were made."""
     made = Engines()
 
-    def get_engine(base_model: str, config: tinker_jax.EngineConfig) -> FakeEngine:
+    def get_engine(base_model: str, config: tinker_jax.EngineConfig, user: str, client: str) -> FakeEngine:
         if base_model not in made:
             made[base_model] = FakeEngine(base_model, config, lambda: None)
         return made[base_model]

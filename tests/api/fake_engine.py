@@ -37,6 +37,7 @@ class FakeEngine:
         self.base_model, self.config, self._store = base_model, config, store
         self.log: list[tuple] = []
         self.released: list[str] = []
+        self.left: list[str] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tinker_jax-engine fake")
         self._gate = threading.Event()
         self._gate.set()
@@ -126,3 +127,6 @@ class FakeEngine:
 
     def release(self, name: str) -> None:
         self.released.append(name)
+
+    def leave(self, user: str) -> None:
+        self.left.append(user)

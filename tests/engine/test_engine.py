@@ -486,13 +486,13 @@ def test_release_forgets_an_adapter_after_what_is_queued(engine):
 
 
 def test_engines_are_shared_by_configuration_and_retried_after_a_failed_load(checkpoint, tmp_path):
-    missing = get_engine(str(tmp_path / "nothing"), EngineConfig())
+    missing = get_engine(str(tmp_path / "nothing"), EngineConfig(), "test", "client")
     with pytest.raises(NotFoundError):
         missing.info().result(120)
-    assert get_engine(str(tmp_path / "nothing"), EngineConfig()) is not missing
+    assert get_engine(str(tmp_path / "nothing"), EngineConfig(), "test", "client") is not missing
     config = EngineConfig(home=tmp_path)
-    engine = get_engine(str(checkpoint("llama")), config)
-    assert get_engine(str(checkpoint("llama")), EngineConfig(home=str(tmp_path))) is engine
+    engine = get_engine(str(checkpoint("llama")), config, "test", "client")
+    assert get_engine(str(checkpoint("llama")), EngineConfig(home=str(tmp_path)), "test", "client") is engine
     assert engine.info().result(120).model_type == "llama"
 
 

@@ -131,3 +131,17 @@ def test_when_nothing_is_left_to_save_requests_fail_and_the_sampler_stays_usable
     for future in futures:
         assert isinstance(future.exception(0), (RequestFailedError, UnprocessableEntityError))
     assert run(sampler, ask(tokens_of(3), max_tokens=2, stop=[]))[0].sequences[0].tokens
+
+
+def test_a_cache_that_does_not_fit_when_the_model_loads_is_made_smaller(monkeypatch):
+    sampler = make(pages=64)
+    with monkeypatch.context() as patch:
+        failing(patch, "cache", {0, 1})
+        sampler.allocate()
+    assert sampler._pages == 16 and sampler.cache_bytes == 17 * sampler._page_bytes
+    assert sampler._runner._pool is not None and sampler._rows[-1] == 256
+    assert run(sampler, ask(tokens_of(3), max_tokens=2, stop=[]))[0].sequences[0].tokens
+    with monkeypatch.context() as patch, pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        sampler._runner.release()
+        failing(patch, "cache", range(100))
+        sampler.allocate()

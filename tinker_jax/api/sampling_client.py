@@ -197,8 +197,8 @@ def open_sampling_client(session: Session, model_path: str | None, base_model: s
     if model_path is not None:
         record = session.store.get(_check.name(model_path, "model_path"))
         base_model = record.base_model if base_model is None else base_model
-    engine = session.engine(base_model_name(base_model))
     sampler_id = session.next_sampler_id()
+    engine = session.engine(base_model_name(base_model), sampler_id)
     return sampling_client_of(session, engine, sampler_id, engine.load_sampler(sampler_id, model_path), model_path)
 
 

@@ -56,6 +56,7 @@ class Session:
         self._models, self._sampler_numbers = itertools.count(), itertools.count()
         self._pending: set[Future[Any]] = set()
         self._finalizers: list[weakref.finalize] = []
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._closing: Future[None] | None = None
         self._store: Store | None = None
         _live[self.id] = self
@@ -70,11 +71,16 @@ class Session:
                 self._store = Store(self.config.home)
             return self._store
 
-    def engine(self, base_model: str) -> Engine:
-        """The engine of a base model; it loads on its own thread."""
+    def engine(self, base_model: str, client: str) -> Engine:
+        """The engine of a base model for a new client; it loads on its own thread. The session keeps it until its own end."""
         from tinker_jax.engine.engine import get_engine
 
-        return get_engine(base_model, self.config)
+        engine = get_engine(base_model, self.config, self.id, client)
+        with self._lock:
+            if engine not in self._engines:
+                self._engines.add(engine)
+                self._adopt(weakref.finalize(self, engine.leave, self.id))
+        return engine
 
     def next_model_id(self) -> str:
         """Names a training client; also the id of its run."""
@@ -110,7 +116,9 @@ class Session:
 
     def adopt(self, client: object, release: Callable[[str], None], name: str) -> None:
         """Frees what the engine holds under `name` when the client is dropped or the session closes."""
-        finalizer = weakref.finalize(client, release, name)
+        self._adopt(weakref.finalize(client, release, name))
+
+    def _adopt(self, finalizer: weakref.finalize) -> None:
         finalizer.atexit = False  # the engine frees everything at exit
         with self._lock:
             self._finalizers = [f for f in self._finalizers if f.alive]

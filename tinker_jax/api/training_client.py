@@ -411,8 +411,8 @@ def open_training_client(
     """A client of a fresh adapter."""
     session.require_open()
     user_metadata = check_metadata(user_metadata)
-    engine = session.engine(base_model_name(base_model))
     model_id = session.next_model_id()
+    engine = session.engine(base_model_name(base_model), model_id)
     ready = engine.create_adapter(model_id, lora)
     return _training_client_of(session, engine, model_id, ready, user_metadata)
 
@@ -424,8 +424,8 @@ def restore_training_client(
     session.require_open()
     user_metadata = check_metadata(user_metadata)
     record = session.store.get(_check.name(path, "path"), kinds=_loadable(with_optimizer))
-    engine = session.engine(base_model_name(record.base_model if base_model is None else base_model))
     model_id = session.next_model_id()
+    engine = session.engine(base_model_name(record.base_model if base_model is None else base_model), model_id)
     ready = engine.load_adapter(model_id, path, with_optimizer=with_optimizer, create=True)
     return _training_client_of(session, engine, model_id, ready, user_metadata)
 

@@ -74,6 +74,22 @@ def local_directory(name: str) -> Path | None:
     return Path(path) if name and os.path.isdir(path) else None
 
 
+def canonical(base_model: str) -> str:
+    """One name for what has two: the hub id, of the directory in the hub's cache that it would be loaded from."""
+    path = Path(base_model)
+    repository, main = path.parent.parent, path.parent.parent / "refs" / "main"
+    if path.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return base_model
+    from huggingface_hub import constants
+
+    try:
+        same_cache = repository.parent.resolve() == Path(constants.HF_HUB_CACHE).resolve()
+        current = same_cache and main.read_text().strip() == path.name
+    except (OSError, ValueError):
+        return base_model
+    return repository.name.removeprefix("models--").replace("--", "/") if current else base_model
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a hub id: `name` or `owner/name`."""
     return len(name) <= _MOST_HUB_ID and _HUB_ID.fullmatch(name) is not None

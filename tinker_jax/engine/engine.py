@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
 from tinker_jax import memory, sharding
 from tinker_jax.checkpoints.hf_import import load_base
-from tinker_jax.checkpoints.hub import resolve, verify_download
+from tinker_jax.checkpoints.hub import canonical, resolve, verify_download
 from tinker_jax.checkpoints.state import MismatchError, load_adapter, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine.config import EngineConfig
+from tinker_jax.engine.ledger import LEDGER, gib
 from tinker_jax.engine.model_files import Text, read_config, stop_ids
 from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.weights import weights
@@ -38,9 +40,10 @@ from tinker_jax.training.pending import Pending
 from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.training.validate import check_data
 from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
-from tinker_jax.types.errors import NotFoundError, StateError, UnprocessableEntityError
+from tinker_jax.types.errors import BadRequestError, NotFoundError, StateError, UnprocessableEntityError
 
 if TYPE_CHECKING:
+    from tinker_jax.models.config import DecoderConfig
     from tinker_jax.types import AdamParams, SampleRequest, SampleResponse
 
 logger = logging.getLogger("tinker_jax")
@@ -69,16 +72,41 @@ class _SamplerWeights:
 
 
 _engines: dict[tuple[str, EngineConfig], Engine] = {}
-_engines_lock = threading.Lock()
+_leaving: set[Engine] = set()  # closed, and still giving their memory back
+_engines_lock = threading.RLock()  # a finalizer that the garbage collector runs may take it again
 
 
-def get_engine(base_model: str, config: EngineConfig) -> Engine:
-    """The process's engine for a base model and configuration; starts loading on first use, and again after a failure."""
+def get_engine(base_model: str, config: EngineConfig, user: str, client: str) -> Engine:
+    """The process's engine for a base model and configuration; starts loading on first use, and again after a failure.
+
+    Args:
+        base_model: a hub id and the directory in the hub's cache that it stands for are one.
+        config: of the engine.
+        user: keeps the engine until it is told to `leave`; the last one closes it.
+        client: adapter or sampler that will be asked for, until its `release`. An engine that has none is closed where another
+            needs the room.
+    """
+    base_model = canonical(base_model)
     with _engines_lock:
         engine = _engines.get((base_model, config))
         if engine is None or engine.failed:
             engine = _engines[base_model, config] = Engine(base_model, config)
+        engine.users.add(user)
+        engine.expect(client)
         return engine
+
+
+def _make_way(loading: Engine) -> bool:
+    """Closes engines that nobody uses, and waits until those that are closed have given their memory back; were there any?"""
+    with _engines_lock:
+        for key, engine in list(_engines.items()):
+            if engine is not loading and engine.idle:
+                del _engines[key]
+                _leaving.add(engine)
+        leaving = list(_leaving)
+    for engine in leaving:
+        engine.close()
+    return bool(leaving)
 
 
 def loaded_engines() -> list[Engine]:
@@ -91,10 +119,14 @@ def loaded_engines() -> list[Engine]:
 def close_engines() -> None:
     """Ends every engine: running requests finish, waiting ones are cancelled, device memory is freed."""
     with _engines_lock:
-        engines = list(_engines.values())
+        engines = [*_engines.values(), *_leaving]
         _engines.clear()
     for engine in engines:
         engine.close()
+
+
+_COPIES = 4
+"""Of an adapter in training: parameters, two moments, gradients."""
 
 
 class Engine:
@@ -110,6 +142,8 @@ class Engine:
         self._adapters: dict[str, AdapterState] = {}
         self._samplers: dict[str, _SamplerWeights] = {}
         self._inflight: dict[str, list[str]] = {}  # samplers that follow an adapter, by its model_id
+        self.users: set[str] = set()  # see `get_engine`
+        self._clients: set[str] = set()  # names of adapters and samplers, from the moment when they are asked for
         self._info: ModelInfo | None = None
         self._text: Text | None = None
         self._worker = Worker(
@@ -126,9 +160,32 @@ class Engine:
         """Facts about the base model; None while it is being loaded. Waits for nothing."""
         return self._info
 
+    @property
+    def idle(self) -> bool:
+        """Has nobody an adapter or a sampler here?"""
+        return not self._clients
+
+    def __str__(self) -> str:
+        return self.base_model
+
     def close(self) -> None:
         """Ends the worker thread and frees the device memory; later requests raise StateError."""
         self._worker.close()
+
+    def leave(self, user: str) -> None:
+        """`user` needs the engine no more. The last one closes it, without waiting. Idempotent, callable from anywhere."""
+        with _engines_lock:
+            self.users.discard(user)
+            if self.users or _engines.get((self.base_model, self.config)) is not self:
+                return
+            del _engines[self.base_model, self.config]
+            _leaving.add(self)
+        self._worker.close(timeout=0)
+
+    def expect(self, client: str) -> None:
+        """Notes the name of an adapter or a sampler that will be asked for; `release` ends that."""
+        with _engines_lock:
+            self._clients.add(client)
 
     # ---- loading, on the worker ----
 
@@ -138,6 +195,51 @@ class Engine:
         return jax.default_matmul_precision("highest" if exact else "default")
 
     def _load(self) -> None:
+        try:
+            self._load_model()
+        except BaseException:
+            LEDGER.release(self)
+            raise
+
+    def _plan(self, cfg: DecoderConfig, itemsize: int, mesh: Mesh) -> memory.Plan:
+        """Divides what other engines leave of the memory, and sets it aside.
+
+        Raises:
+            UnprocessableEntityError: the model does not fit, even after engines that nobody uses are closed.
+            BadRequestError: nobody knows how much memory there is.
+        """
+        own, limit, platform = self.config.memory, memory.device_bytes(), mesh.devices.flat[0].platform
+        if own is None and limit is None:
+            raise BadRequestError(
+                f"{mesh.devices.flat[0].device_kind} does not tell how much memory it has; say how many bytes an engine may "
+                "plan with (EngineConfig.memory)."
+            )
+        least = memory.least_bytes(cfg, itemsize, mesh.shape)
+        while True:
+            with LEDGER.lock:
+                free = None if limit is None else limit - max(LEDGER.total, memory.used_bytes())
+                budget = min(size for size in (own, free) if size is not None)
+                if least <= budget:
+                    plan = memory.plan(cfg, itemsize, budget, mesh.shape, platform)
+                    LEDGER.hold(self, memory.planned_bytes(cfg, itemsize, plan, mesh.shape), limit)
+                    return plan
+            if budget == own or not _make_way(self):
+                raise UnprocessableEntityError(self._no_room(least, budget, limit))
+
+    def _no_room(self, least: int, budget: int, limit: int | None) -> str:
+        needs = f"{self.base_model} needs at least {gib(least)} of each device's memory"
+        if budget == self.config.memory:
+            return f"{needs}; EngineConfig.memory allows {gib(budget)}."
+        return (
+            f"{needs}; of {gib(limit or 0)} {gib(max(0, budget))} are free: {LEDGER.report()}. Close clients that are not "
+            "needed, let the engines plan with less (EngineConfig.memory), or take more devices (EngineConfig.mesh)."
+        )
+
+    def _hold(self, purpose: str, lora: LoraConfig, copies: int) -> None:
+        """Sets memory aside for so many copies of an adapter."""
+        LEDGER.hold(self, {purpose: copies * self._trainer.adapter_bytes(lora)}, memory.device_bytes())
+
+    def _load_model(self) -> None:
         start = time.perf_counter()
         self._store = Store(self.config.home)
         keep_compiled(self._store.home)  # before anything compiles
@@ -150,9 +252,8 @@ class Engine:
             sharding.check_divisible(weight.hf, weight.full_shape, weight.full_axes, mesh)
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
         verify_download(directory, self._store.home / "verified")
+        plan = self._plan(cfg, dtype.itemsize, mesh)
         params = load_base(directory, table, dtype, shardings)
-        budget = self.config.memory or memory.device_bytes()
-        plan = memory.plan(cfg, dtype.itemsize, budget, mesh.shape, mesh.devices.flat[0].platform)
         trainer = Trainer(cfg, params, mesh, plan, lambda: self._worker.others_wait(), self.config.deterministic)
         text = Text(directory)
         sampler = Sampler(
@@ -166,6 +267,8 @@ class Engine:
             decode_text=text,
             deterministic=self.config.deterministic,
         )
+        if mesh.devices.flat[0].platform != "cpu":  # there it would take room that training alone never needs
+            sampler.allocate()
         self._params, self._trainer, self._sampler, self._text = params, trainer, sampler, text
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
         logger.info(
@@ -178,7 +281,7 @@ class Engine:
             time.perf_counter() - start,
             plan.token_budget,
             plan.remat,
-            plan.kv_bytes / 2**30,
+            sampler.cache_bytes / 2**30,
         )
 
     def _sample_slice(self) -> bool:
@@ -198,6 +301,9 @@ class Engine:
         self._samplers.clear()
         self._inflight.clear()
         self._params.clear()  # the one dict that trainer and sampler share: clients may hold on to this engine for long
+        LEDGER.release(self)
+        with _engines_lock:
+            _leaving.discard(self)
 
     # ---- adapters ----
 
@@ -210,6 +316,7 @@ class Engine:
 
         def run() -> LoraConfig:
             seed = secrets.randbits(32) if lora.seed is None else lora.seed
+            self._hold(f"adapter {model_id}", lora, _COPIES)
             self._adapters[model_id] = self._trainer.new_adapter(lora, seed)
             return dataclasses.replace(lora, seed=seed)
 
@@ -227,6 +334,7 @@ class Engine:
             lora = _lora_of(record)
             if own is not None:
                 self._check_same_kind(record, lora, own)
+            self._hold(f"adapter {model_id}", lora, _COPIES)
             abstract, abstract_opt = self._trainer.abstract(lora)
             with self._fitting(record):
                 return lora, *load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
@@ -242,6 +350,9 @@ class Engine:
         """Forgets an adapter or a sampler's weights after what is queued for it. Idempotent, callable from anywhere."""
 
         def run() -> None:
+            LEDGER.release(self, f"adapter {name}", f"sampler {name}")
+            with _engines_lock:
+                self._clients.discard(name)
             self._adapters.pop(name, None)
             self._samplers.pop(name, None)
             self._inflight.pop(name, None)
@@ -438,8 +549,11 @@ class Engine:
         that wait or run go on under them, on the keys and values there are.
         """
 
+        self.expect(sampler_id)
+
         def run() -> None:
             state = self._adapter(model_id)
+            self._hold(f"sampler {sampler_id}", state.lora, 1)
             adapter = lora_lib.scaled(state.params, state.scale)
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
             if inflight:
@@ -457,6 +571,7 @@ class Engine:
         def read(path: str) -> lora_lib.Adapter:
             record = self._store.get(path)
             lora = _lora_of(record)
+            self._hold(f"sampler {sampler_id}", lora, 1)
             with self._fitting(record):
                 params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
             return lora_lib.scaled(lora_lib.pad(params), lora_lib.scale(lora.rank))

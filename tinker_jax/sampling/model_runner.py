@@ -92,6 +92,10 @@ class ModelRunner:
         self._pool = pool
         return pool
 
+    def allocate(self) -> None:
+        """Makes the pool, unless it is there."""
+        jax.block_until_ready(self._pages)
+
     def release(self) -> None:
         """Gives the memory back."""
         self._pool = None

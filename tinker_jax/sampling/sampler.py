@@ -126,6 +126,23 @@ class Sampler:
         """Pages that sequences hold."""
         return self._scheduler.held_pages
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of each device that keys and values take, once they are made."""
+        return (self._pages + 1) * self._page_bytes
+
+    def allocate(self) -> None:
+        """Makes the cache, smaller where the device has too little room; else that happens at the first request."""
+        while True:
+            try:
+                return self._runner.allocate()
+            except Exception as error:
+                if not memory.is_out_of_memory(error) or self._pages < 2:
+                    raise
+                self._pages //= 2
+                self._scheduler.forget(self._pages)
+                self._runner.resize(self._pages + 1)
+
     def parse(self, request: SampleRequest) -> Request:
         """Checks a request; touches nothing, so any thread may call it.
 
@@ -461,7 +478,7 @@ class Sampler:
             "out of memory while sampling: from now on at most %d rows and %d prompt tokens at once, cache %.3g GiB",
             self._rows[-1] * self._parts,
             max(T * counts[-1] for T, counts in self._chunks.items()) * self._parts,
-            (self._pages + 1) * self._page_bytes / 2**30,
+            self.cache_bytes / 2**30,
         )
         for group in [group for group in self._groups() if pages_for(group.request.need) > self._pages]:
             self._fail([group], UnprocessableEntityError(self._too_large(group.request)))
@@ -471,7 +488,7 @@ class Sampler:
         return (
             f"A prompt of {len(request.prompt)} tokens with max_tokens={request.max_tokens} needs "
             f"{(pages_for(request.need) + 1) * self._page_bytes:,} bytes of key/value cache, but the engine has "
-            f"{(self._pages + 1) * self._page_bytes:,}; lower max_tokens, shorten the prompt or raise its memory."
+            f"{self.cache_bytes:,}; lower max_tokens, shorten the prompt or raise its memory."
         )
 
 

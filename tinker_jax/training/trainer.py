@@ -7,6 +7,7 @@ reads the `Pending` result. Nothing here knows clients.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,12 @@ class Trainer:
         adapter = jax.tree.map(place, shapes, self.adapter_shardings(groups(lora)))
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
         return adapter, {"mu": adapter, "nu": adapter, "count": count}
+
+    def adapter_bytes(self, lora: LoraConfig) -> int:
+        """Bytes on each device of an adapter's parameters, as they are held in training."""
+        shapes = lora_lib.abstract(self._targets, lora_lib.bucket(lora.rank), groups(lora))
+        sizes = jax.tree.map(lambda x, s: 4 * math.prod(s.shard_shape(x.shape)), shapes, self.adapter_shardings(groups(lora)))
+        return sum(jax.tree.leaves(sizes))
 
     def new_adapter(self, lora: LoraConfig, seed: int) -> AdapterState:
         """A fresh adapter; equal seeds give equal values on every mesh."""
