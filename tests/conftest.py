@@ -26,7 +26,7 @@ def room_for_programs():
     """A compiled program is about 25 mappings of memory, and Linux gives a process 65,530: beyond that XLA crashes."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
         gc.collect()
         jax.clear_caches()
 

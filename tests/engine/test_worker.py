@@ -752,7 +752,7 @@ def test_sampling_and_training_have_the_device_for_equal_times(shared, slice_sec
 
 def test_a_client_that_asks_again_at_once_has_its_share(shared, monkeypatch):
     """Between two of its requests the background has nothing to do; a turn of training is ten times as long as a sample."""
-    monkeypatch.setattr("tinker_jax.engine.worker._GATHER_SECONDS", 0.2)
+    monkeypatch.setattr("tinker_jax.engine.worker._GATHER_SECONDS", 0.02)
     stop, threads = threading.Event(), []
 
     def ask_again_and_again():
@@ -760,11 +760,11 @@ def test_a_client_that_asks_again_at_once_has_its_share(shared, monkeypatch):
             shared.sample(1).result(5)
 
     start = lambda: threads.append(threading.Thread(target=ask_again_and_again)) or threads[0].start()  # noqa: E731
-    pause = lambda: time.sleep(0.05)  # noqa: E731
-    shared.train("a", 10, at={**dict.fromkeys(range(1, 9), pause), 0: start, 9: stop.set}).result(20)
+    pause = lambda: time.sleep(0.02)  # noqa: E731
+    shared.train("a", 6, at={**dict.fromkeys(range(1, 5), pause), 0: start, 5: stop.set}).result(20)
     threads[0].join()
     beside = shared.turns[1 : len(shared.turns) - shared.turns[::-1].index("a")]
-    assert beside.count("sample") >= 8 * beside.count("a")
+    assert beside.count("sample") >= 5 * beside.count("a")
 
 
 def test_what_one_side_does_alone_does_not_count_later(shared):

@@ -57,11 +57,11 @@ def run():
     return Run()
 
 
-@pytest.mark.parametrize("length", [1, 60, 128, 129, 300])
+@pytest.mark.parametrize("length", [60, 129])
 def test_log_probabilities_are_the_same_alone_among_63_and_at_any_place(run, length):
     one, company = datum(7, length), others(1)
     ((alone,), _, _) = run([one])
-    for at in (0, 20, 63):
+    for at in (0, 20):
         logprobs, _, _ = run([*company[:at], one, *company[at:]])
         np.testing.assert_array_equal(logprobs[at], alone)
     ((forward,), _, _) = run([one], backward=False)

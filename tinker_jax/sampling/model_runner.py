@@ -77,7 +77,7 @@ class ModelRunner:
         self._missed: collections.Counter[Hashable] = collections.Counter()
         self._seconds: dict[str, float] = {}  # that the last call of a size took
         self._lost: dict[Hashable, float] = collections.defaultdict(float)  # by larger sizes in place of one
-        self._make = Program(self._empty, "cache")
+        self._make = Program(self._empty, "cache", static=["pages"])
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
 
     @property
@@ -88,7 +88,7 @@ class ModelRunner:
     @property
     def _pages(self) -> Pages:
         """Made at their first use."""
-        pool = self._pool if self._pool is not None else self._make(shape=f"{self._pages_each} pages")
+        pool = self._pool if self._pool is not None else self._make(shape="", pages=self._pages_each)
         self._pool = pool
         return pool
 
@@ -230,8 +230,8 @@ class ModelRunner:
                 ids[:, :, i] = (part * self._cfg.L + layers) * self._pages_each + np.array(pages)[:, None]
             self._pool = self._copy(self._pages, ids.reshape(2, -1), shape="")
 
-    def _empty(self) -> Pages:
-        pages = self._pages_each * self._cfg.L
+    def _empty(self, pages: int) -> Pages:
+        pages *= self._cfg.L
         # Committed to no device, like everything else that these programs take: else each would be compiled twice.
         return self._paged.backend.empty(pages, self._cfg.K) if self._by_layer else self._paged.empty(pages)
 
