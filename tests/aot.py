@@ -84,7 +84,10 @@ def lower_sampler(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
     place = NamedSharding(mesh, runner._paged._pool_spec())
-    pool = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(runner._empty))
+    pool = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(lambda: runner._empty(runner._pages_each)),
+    )
     state = jax.tree.map(abstract, Rows.empty(rows, pages_for(cfg.context_length)))
     chunk = jax.jit(runner._model.decode_program, static_argnames="top", donate_argnums=2)
     ids, slots = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))

@@ -83,7 +83,7 @@ def test_a_step_copies_no_weight():
     h, batch = jax.eval_shape(lambda *args: model._embed_tokens(*args, rank=None), model._ends, *_newest(batch_rows))
     drawn = nothing_drawn(S, 16, 0)
     layer = jax.jit(model._run_layers, donate_argnums=(3, 4)).lower(
-        model._weights[0], ({}, {}), np.int32(0), h, jax.eval_shape(run._empty), batch
+        model._weights[0], ({}, {}), np.int32(0), h, jax.eval_shape(lambda: run._empty(5)), batch
     )
     draw = jax.jit(model._draw_tokens, static_argnames="filters", donate_argnums=(3, 4, 5)).lower(
         model._ends, None, h, batch, batch_rows, drawn, np.int32(0), filters=True
