@@ -276,6 +276,7 @@ engine.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory, and reads it in /proc")
 def test_a_real_out_of_memory_is_recovered_from(checkpoint, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", REAL, str(checkpoint("qwen3")), str(tmp_path)]
