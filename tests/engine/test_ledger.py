@@ -115,6 +115,15 @@ def test_what_others_have_on_the_device_counts(models, tmp_path, monkeypatch):
         service(tmp_path).create_lora_training_client(models[0], rank=4).result()
 
 
+def test_engines_that_failed_to_load_do_not_keep_another_waiting(models, tmp_path, monkeypatch, ledger):
+    """They have nothing to give back, and whoever needs room looks for it once."""
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
+    for _ in range(3):
+        with service(tmp_path) as ours, pytest.raises(UnprocessableEntityError, match="are free"):
+            ours.create_lora_training_client(models[0], rank=4).result(60)
+    assert not engine_module._leaving and not ledger.total
+
+
 def test_an_adapter_that_does_not_fit_is_refused_and_the_client_before_goes_on(models, tmp_path):
     ours = service(tmp_path)
     client = ours.create_lora_training_client(models[0], rank=4).result()

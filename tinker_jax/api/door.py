@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, load_tokenizer
@@ -91,14 +90,9 @@ def refuse_other_optimizers(optimizer: Any) -> None:
 
 def check_metadata(user_metadata: Any) -> dict[str, str] | None:
     """A copy, strings by string, or None."""
-    if user_metadata is None:
-        return None
-    if not isinstance(user_metadata, Mapping):
-        raise BadRequestError(f"user_metadata: expected a dict of strings, got {type(user_metadata).__name__}")
-    for key, value in user_metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise _check.refuse(f"user_metadata[{brief(key)}]", "keys and values that are strings", value)
-    return dict(user_metadata)
+    from tinker_jax.checkpoints import records
+
+    return records.check_metadata(user_metadata)
 
 
 def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> tuple[int | None, dict[str, str] | None]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinker_jax.checkpoints.digests import sha256
-from tinker_jax.checkpoints.json_files import quoted, read_object
+from tinker_jax.checkpoints.json_files import read_object
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import (
     APIConnectionError,
     BadRequestError,
@@ -49,7 +50,7 @@ def resolve(base_model: str) -> Path:
         StorageError: the cache cannot be written.
     """
     if not isinstance(base_model, str):
-        raise BadRequestError(f"base model: expected a hub id, a directory or an embedded model, got {quoted(base_model)}.")
+        raise BadRequestError(f"base model: expected a hub id, a directory or an embedded model, got {brief(base_model)}.")
     if base_model.startswith(EMBEDDED_PREFIX):
         return _embedded(base_model)
     local = local_directory(base_model)
@@ -59,7 +60,7 @@ def resolve(base_model: str) -> Path:
         return local.absolute()
     if not is_hub_id(base_model):
         raise NotFoundError(
-            f"base model {quoted(base_model)} is neither an existing directory nor a hub id of the form 'owner/name'; "
+            f"base model {brief(base_model)} is neither an existing directory nor a hub id of the form 'owner/name'; "
             f"embedded models are {_embedded_names()}."
         )
     return _download(base_model)
@@ -200,7 +201,7 @@ def _embedded(base_model: str) -> Path:
     name = base_model.removeprefix(EMBEDDED_PREFIX)
     directory = _embedded_root() / name
     if os.path.basename(name) != name or not os.path.isfile(directory / "config.json"):
-        raise NotFoundError(f"embedded model {quoted(base_model)} does not exist; embedded models are {_embedded_names()}.")
+        raise NotFoundError(f"embedded model {brief(base_model)} does not exist; embedded models are {_embedded_names()}.")
     return directory
 
 

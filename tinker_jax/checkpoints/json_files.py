@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import StorageError
 
 if TYPE_CHECKING:
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 _FORMAT = "format"
 _DIGEST = "record_sha256"
-_MOST_SHOWN = 100
-
-_repr = reprlib.Repr()
-_repr.maxlevel = 2
-_repr.maxstring = _repr.maxother = _MOST_SHOWN
-
-
-def quoted(value: object) -> str:
-    """`repr`, cut where it is long: what a damaged file or a caller gives may have any size."""
-    text = _repr.repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
 
 
 def read_object(file: epath.Path | Path, remedy: str) -> dict[str, Any]:
@@ -53,7 +42,7 @@ def read_object(file: epath.Path | Path, remedy: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or brackets in brackets
         raise StorageError(f"{file} is damaged: not JSON ({error}). {remedy}") from error
     if not isinstance(value, dict):
-        raise StorageError(f"{file} is damaged: expected a JSON object, got {quoted(value)}. {remedy}")
+        raise StorageError(f"{file} is damaged: expected a JSON object, got {brief(value)}. {remedy}")
     return value
 
 
@@ -65,9 +54,9 @@ def check_format(file: epath.Path | Path, value: object, known: int) -> None:
         StorageError: a newer one.
     """
     if type(value) is not int or value < 0:
-        raise ValueError(f"{_FORMAT}: expected a whole number, got {quoted(value)}")
+        raise ValueError(f"{_FORMAT}: expected a whole number, got {brief(value)}")
     if value > known:
-        raise StorageError(f"{file} has format {quoted(value)}; this version reads format {known}. Update tinker_jax.")
+        raise StorageError(f"{file} has format {brief(value)}; this version reads format {known}. Update tinker_jax.")
 
 
 def seal(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from tinker_jax.checkpoints.json_files import quoted
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError
 
 Kind = Literal["weights", "sampler_weights"]
@@ -91,7 +91,7 @@ def read_run(run_id: str, fields: Mapping[str, Any]) -> RunRecord:
         ValueError: names the field, what was expected and what is there.
     """
     if (own := _text(fields, "run_id")) != run_id:
-        raise ValueError(f"it is the record of run {quoted(own)}")
+        raise ValueError(f"it is the record of run {brief(own)}")
     return RunRecord(
         run_id=run_id,
         session_id=_text(fields, "session_id"),
@@ -111,7 +111,7 @@ def read_pointer(run_id: str, kind: Kind, name: str, data_directory: epath.Path,
     """
     path = f"tinker://{run_id}/{kind}/{name}"
     if fields.get("path", path) != path:  # absent in records without a format
-        raise ValueError(f"it is the record of {quoted(fields['path'])}")
+        raise ValueError(f"it is the record of {brief(fields['path'])}")
     # What it names gets removed one day, so it must not lead out of the data directory.
     data = _field(fields, "data", "the name of a directory", is_name)
     superseded = _field(fields, "superseded", "a list of objects", _is_list_of_objects) if "superseded" in fields else []
@@ -136,7 +136,7 @@ def _field(fields: Mapping[str, Any], name: str, expected: str, valid: Callable[
     if name not in fields:
         raise ValueError(f"{name} is missing; expected {expected}")
     if not valid(fields[name]):
-        raise ValueError(f"{name}: expected {expected}, got {quoted(fields[name])}")
+        raise ValueError(f"{name}: expected {expected}, got {brief(fields[name])}")
     return fields[name]
 
 
@@ -206,7 +206,7 @@ def check_name(name: str) -> None:
     """
     if not is_name(name):
         raise BadRequestError(
-            f"checkpoint name {quoted(name)} is not allowed; "
+            f"checkpoint name {brief(name)} is not allowed; "
             "use 1 to 128 letters, digits, '.', '_' or '-', not beginning with '.'."
         )
 
@@ -219,15 +219,15 @@ def parse_path(path: str) -> tuple[str, Kind, str]:
     """
     expected = "expected tinker://<run id>/<weights|sampler_weights>/<name>"
     if not isinstance(path, str) or not path.startswith("tinker://"):
-        raise BadRequestError(f"{quoted(path)} is not a checkpoint path; {expected}.")
+        raise BadRequestError(f"{brief(path)} is not a checkpoint path; {expected}.")
     parts = path.removeprefix("tinker://").split("/")
     if len(parts) != 3:
-        raise BadRequestError(f"{quoted(path)} has {len(parts)} parts after tinker://; {expected}.")
+        raise BadRequestError(f"{brief(path)} has {len(parts)} parts after tinker://; {expected}.")
     run_id, kind, name = parts
     if not is_run_id(run_id):
-        raise BadRequestError(f"{quoted(path)} has the run id {quoted(run_id)}, which is not allowed; {expected}.")
+        raise BadRequestError(f"{brief(path)} has the run id {brief(run_id)}, which is not allowed; {expected}.")
     if kind not in KINDS:
-        raise BadRequestError(f"{quoted(path)} is of kind {quoted(kind)}; {expected}.")
+        raise BadRequestError(f"{brief(path)} is of kind {brief(kind)}; {expected}.")
     check_name(name)
     return run_id, kind, name
 
@@ -243,7 +243,7 @@ def check_ttl(ttl_seconds: int | None) -> None:
     whole = isinstance(ttl_seconds, int) and not isinstance(ttl_seconds, bool)
     if not whole or not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
         raise BadRequestError(
-            f"ttl_seconds={quoted(ttl_seconds)} is not allowed; give a whole number from {MIN_TTL_SECONDS} (1 hour) to "
+            f"ttl_seconds={brief(ttl_seconds)} is not allowed; give a whole number from {MIN_TTL_SECONDS} (1 hour) to "
             f"{MAX_TTL_SECONDS} (10 years), or None to keep the checkpoint."
         )
 
@@ -257,8 +257,8 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str] | None:
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping):
-        raise BadRequestError(f"user_metadata: expected a dict of strings, got {quoted(metadata)}.")
+        raise BadRequestError(f"user_metadata: expected a dict of strings, got {brief(metadata)}.")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise BadRequestError(f"user_metadata[{quoted(key)}]={quoted(value)}: keys and values must be strings.")
+            raise BadRequestError(f"user_metadata[{brief(key)}]={brief(value)}: keys and values must be strings.")
     return dict(metadata)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from tinker_jax.checkpoints.digests import SUMS, verify, write_sums
-from tinker_jax.checkpoints.json_files import check_format, quoted, read_object
+from tinker_jax.checkpoints.json_files import check_format, read_object
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError, StorageError, TinkerError, UnprocessableEntityError
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _check_description(file: epath.Path, description: Mapping[str, Any]) -> None
 
     def need(name: str, expected: str, valid: bool) -> None:
         if not valid:
-            raise ValueError(f"{name}: expected {expected}, got {quoted(description.get(name))}")
+            raise ValueError(f"{name}: expected {expected}, got {brief(description.get(name))}")
 
     check_format(file, description.get("format"), FORMAT)
     alpha, tensors = description.get("lora_alpha"), description.get("tensors")
@@ -182,9 +183,9 @@ def _check_description(file: epath.Path, description: Mapping[str, Any]) -> None
         need("tensors", "an object of tensors for each part", isinstance(specs, dict))
         for name, spec in specs.items():
             if not _is_spec(spec):
-                raise ValueError(f"{part} tensor {quoted(name)}: expected its shape and dtype, got {quoted(spec)}")
+                raise ValueError(f"{part} tensor {brief(name)}: expected its shape and dtype, got {brief(spec)}")
             if any(name.startswith(f"{other}.") for other in specs):
-                raise ValueError(f"{part} tensor {quoted(name)} lies within another tensor")
+                raise ValueError(f"{part} tensor {brief(name)} lies within another tensor")
 
 
 def _is_spec(spec: object) -> bool:
@@ -213,13 +214,13 @@ def _check(part: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
         )
     if surplus := sorted(got.keys() - expected.keys()):
         raise MismatchError(
-            f"{part} tensor {quoted(surplus[0])} of the checkpoint has no place here ({len(surplus)} are surplus); "
+            f"{part} tensor {brief(surplus[0])} of the checkpoint has no place here ({len(surplus)} are surplus); "
             "it was trained with other train_attn, train_mlp or train_unembed, or on another model."
         )
     for name, (shape, dtype) in expected.items():
         if got[name][0] != shape:
             raise MismatchError(
-                f"{part} tensor {name!r}: expected shape {shape}, the checkpoint has {quoted(got[name][0])}; "
+                f"{part} tensor {name!r}: expected shape {shape}, the checkpoint has {brief(got[name][0])}; "
                 "its LoRA rank or base model is another."
             )
         if got[name][1] != dtype:

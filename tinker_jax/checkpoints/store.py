@@ -32,7 +32,7 @@ from typing import Any
 from etils import epath
 from etils.epath import backend as epath_backend
 
-from tinker_jax.checkpoints.json_files import quoted, read_object, seal, unseal
+from tinker_jax.checkpoints.json_files import read_object, seal, unseal
 from tinker_jax.checkpoints.records import (
     KINDS,
     CheckpointRecord,
@@ -49,6 +49,7 @@ from tinker_jax.checkpoints.records import (
     read_run,
     run_fields,
 )
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError, ConflictError, NotFoundError, StorageError, TinkerError
 
 try:
@@ -101,7 +102,7 @@ class Store:
 
     def __init__(self, home: str | os.PathLike[str] | None = None) -> None:
         if home is not None and not isinstance(home, (str, os.PathLike)):
-            raise BadRequestError(f"home: expected a directory or a URL, got {quoted(home)}.")
+            raise BadRequestError(f"home: expected a directory or a URL, got {brief(home)}.")
         text = os.fspath(home) if home is not None else os.environ.get("TINKER_JAX_HOME") or "~/.tinker_jax"
         scheme, separator, _ = text.partition("://")
         if separator and scheme not in _SCHEMES:
@@ -125,7 +126,7 @@ class Store:
             StorageError: the home directory cannot be written.
         """
         if not is_run_id(run.run_id):
-            raise BadRequestError(f"run id {quoted(run.run_id)} is not allowed; use letters, digits, '.', '_', ':' or '-'.")
+            raise BadRequestError(f"run id {brief(run.run_id)} is not allowed; use letters, digits, '.', '_', ':' or '-'.")
         check_metadata(run.user_metadata)
         utc = {"created": run.created.astimezone(UTC), "last_request_time": run.last_request_time.astimezone(UTC)}
         directory = self._run_directory(run.run_id)
@@ -216,7 +217,7 @@ class Store:
         check_ttl(ttl_seconds)
         metadata = check_metadata(user_metadata)
         if kind not in KINDS:
-            raise BadRequestError(f"checkpoint kind {quoted(kind)} is unknown; known kinds are {', '.join(KINDS)}.")
+            raise BadRequestError(f"checkpoint kind {brief(kind)} is unknown; known kinds are {', '.join(KINDS)}.")
         run = self.get_run(run_id)
         if not overwrite:
             self._refuse_taken(run_id, kind, name)
@@ -357,7 +358,7 @@ class Store:
 
     def _no_run(self, run_id: str) -> NotFoundError:
         near = _suggest(str(run_id), self._run_ids())
-        return NotFoundError(f"run {quoted(run_id)} does not exist in {self.home}.{near}")
+        return NotFoundError(f"run {brief(run_id)} does not exist in {self.home}.{near}")
 
     def _names(self, directory: epath.Path) -> list[str]:
         """Names in a directory; none when it is absent, or is a file."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinker_jax.checkpoints.hub import DOWNLOAD_AGAIN, read_json
-from tinker_jax.checkpoints.json_files import quoted
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import NotFoundError, StorageError, UnsupportedError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -137,9 +137,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     end = base
     for entry in entries:
         if entry.stop > size:
-            raise _damaged(file, f"it ends within tensor {quoted(entry.name)} ({size} bytes)")
+            raise _damaged(file, f"it ends within tensor {brief(entry.name)} ({size} bytes)")
         if entry.start != end:
-            raise _damaged(file, f"tensor {quoted(entry.name)} begins at byte {entry.start}, where {end} was expected")
+            raise _damaged(file, f"tensor {brief(entry.name)} begins at byte {entry.start}, where {end} was expected")
         end = entry.stop
     if end != size:
         raise _damaged(file, f"its tensors end at byte {end} of {size}")
@@ -150,11 +150,11 @@ def _entry(file: Path, name: str, spec: object, base: int) -> TensorEntry:
     fields = spec if isinstance(spec, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(file, f"tensor {quoted(name)} is described as {quoted(spec)}")
+        raise _damaged(file, f"tensor {brief(name)} is described as {brief(spec)}")
     start, stop = offsets
     known = DTYPES.get(dtype)
     if start > stop or (known is not None and math.prod(shape) * known.itemsize != stop - start):
-        raise _damaged(file, f"tensor {quoted(name)} has bytes {start} to {stop} for shape {quoted(shape)} of {quoted(dtype)}")
+        raise _damaged(file, f"tensor {brief(name)} has bytes {start} to {stop} for shape {brief(shape)} of {brief(dtype)}")
     return TensorEntry(name, file, dtype, tuple(shape), base + start, base + stop)
 
 
@@ -181,22 +181,22 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
         raise NotFoundError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}.{torch_only}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise _damaged(index, f"weight_map: expected an object of file names, got {quoted(weight_map)}")
+        raise _damaged(index, f"weight_map: expected an object of file names, got {brief(weight_map)}")
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if not _SHARD.fullmatch(shard):
-            raise StorageError(f"{index} names the shard {quoted(shard)}, which is not a plain file name. {DOWNLOAD_AGAIN}")
+            raise StorageError(f"{index} names the shard {brief(shard)}, which is not a plain file name. {DOWNLOAD_AGAIN}")
         if not (directory / shard).exists():
             lost = [name for name, file in weight_map.items() if file == shard]
             raise NotFoundError(
-                f"{directory} lacks its shard {shard}, which holds {quoted(lost[0])} and {len(lost) - 1} more tensors."
+                f"{directory} lacks its shard {shard}, which holds {brief(lost[0])} and {len(lost) - 1} more tensors."
             )
         found = read_header(directory / shard)
         entries |= {name: entry for name, entry in found.items() if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
         if name not in entries:
             raise StorageError(
-                f"{index} places tensor {quoted(name)} in {shard}, but that file does not hold it. {DOWNLOAD_AGAIN}"
+                f"{index} places tensor {brief(name)} in {shard}, but that file does not hold it. {DOWNLOAD_AGAIN}"
             )
     return entries
 

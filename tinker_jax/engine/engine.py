@@ -106,6 +106,7 @@ def _make_way(loading: Engine) -> bool:
         leaving = list(_leaving)
     for engine in leaving:
         engine.close()
+        _leaving.discard(engine)  # also one that never loaded, or does not end: nothing is gained by waiting again
     return bool(leaving)
 
 
@@ -179,7 +180,8 @@ class Engine:
             if self.users or _engines.get((self.base_model, self.config)) is not self:
                 return
             del _engines[self.base_model, self.config]
-            _leaving.add(self)
+            if not self.failed:
+                _leaving.add(self)
         self._worker.close(timeout=0)
 
     def expect(self, client: str) -> None:
@@ -198,8 +200,14 @@ class Engine:
         try:
             self._load_model()
         except BaseException:
-            LEDGER.release(self)
+            self._give_back()
             raise
+
+    def _give_back(self) -> None:
+        """Nothing of the device's memory is set aside for this engine any more."""
+        LEDGER.release(self)
+        with _engines_lock:
+            _leaving.discard(self)
 
     def _plan(self, cfg: DecoderConfig, itemsize: int, mesh: Mesh) -> memory.Plan:
         """Divides what other engines leave of the memory, and sets it aside.
@@ -269,6 +277,7 @@ class Engine:
         )
         if mesh.devices.flat[0].platform != "cpu":  # there it would take room that training alone never needs
             sampler.allocate()
+        LEDGER.hold(self, {"cache": sampler.cache_bytes}, None)  # at most what was planned
         self._params, self._trainer, self._sampler, self._text = params, trainer, sampler, text
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
         logger.info(
@@ -301,9 +310,7 @@ class Engine:
         self._samplers.clear()
         self._inflight.clear()
         self._params.clear()  # the one dict that trainer and sampler share: clients may hold on to this engine for long
-        LEDGER.release(self)
-        with _engines_lock:
-            _leaving.discard(self)
+        self._give_back()
 
     # ---- adapters ----
 

@@ -230,7 +230,7 @@ class Worker:
         for request in queued:
             _close(request)
         for request in held:
-            if request.detour is None or request.detour.callers:
+            if request.detour and request.detour.callers:
                 _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
         current = threading.current_thread()
         if current not in (self._thread, self._reader):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinker_jax.types import _check
+from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 
@@ -60,11 +61,6 @@ def _number(cfg: Mapping[str, Any], key: str) -> float:
     return _check.real(cfg[key], f"config.json: {key}", above=0)
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else type(value).__name__
-
-
 def _rope(cfg: Mapping[str, Any]) -> Rope:
     # transformers 5 writes rope_parameters; files of transformers 4 have rope_theta and rope_scaling.
     params: Mapping[str, Any] = {}
@@ -76,7 +72,7 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
     kind = params.get("rope_type", params.get("type", "default"))
     theta = _number({"rope_theta": 10000.0, **cfg, **params}, "rope_theta")
     if (part := params.get("partial_rotary_factor", cfg.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise UnsupportedError(f"config.json: partial_rotary_factor={_shown(part)} is not supported; only 1.0 is.")
+        raise UnsupportedError(f"config.json: partial_rotary_factor={brief(part)} is not supported; only 1.0 is.")
     if kind == "default":
         return Rope(theta)
     if kind == "llama3":
@@ -97,7 +93,7 @@ def _rope(cfg: Mapping[str, Any]) -> Rope:
             )
         return rope
     raise UnsupportedError(
-        f"config.json: rope scaling {_shown(kind)} is not supported; supported are 'default' and 'llama3'. "
+        f"config.json: rope scaling {brief(kind)} is not supported; supported are 'default' and 'llama3'. "
         "Remove it from config.json if your sequences stay within the original context."
     )
 
@@ -109,7 +105,7 @@ def _dense(cfg: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool, head_dim: i
         value = cfg.get(key, default)
         if value != supported:
             raise UnsupportedError(
-                f"config.json: {key}={_shown(value)} is not supported for {model_type}; only {supported!r} is."
+                f"config.json: {key}={brief(value)} is not supported for {model_type}; only {supported!r} is."
             )
 
     def need(key: str, most: int = _MOST) -> int:
@@ -174,6 +170,6 @@ def parse(cfg: Mapping[str, Any]) -> DecoderConfig:
     model_type = str(cfg.get("model_type"))
     if model_type not in _FAMILIES:
         raise UnsupportedError(
-            f"config.json: model_type {_shown(model_type)} is not supported; supported: {', '.join(_FAMILIES)}."
+            f"config.json: model_type {brief(model_type)} is not supported; supported: {', '.join(_FAMILIES)}."
         )
     return _FAMILIES[model_type](cfg)

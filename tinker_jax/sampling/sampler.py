@@ -142,6 +142,7 @@ class Sampler:
                 self._pages //= 2
                 self._scheduler.forget(self._pages)
                 self._runner.resize(self._pages + 1)
+                logger.warning("out of memory: the cache becomes %.3g GiB", self.cache_bytes / 2**30)
 
     def parse(self, request: SampleRequest) -> Request:
         """Checks a request; touches nothing, so any thread may call it.
