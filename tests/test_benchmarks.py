@@ -16,6 +16,7 @@ import _models
 import _sides
 import jax
 import jax.numpy as jnp
+import mixed
 import numpy as np
 import pytest
 import rl_loop
@@ -369,3 +370,16 @@ def test_the_accelerator_sampling_benchmark_runs_at_toy_size(tmp_path):
     models = json.loads((tmp_path / "out.json").read_text())["models"]
     assert [result[side]["stopped"] for result in models.values() for side in result] == [None] * 4
     assert "| 8B | 4 |" in out and "| 0.6B | 1 |" in out
+
+
+def test_training_beside_sampling_is_compared_with_the_best_fixed_alternation():
+    side = {"sampled": 100.0, "trained": 0.0, "latencies_s": [0.1] * 18 + [0.5, 0.9]}
+    text = mixed.tables({"beside": {"sampling alone": side}, "rounds": {"whole": [4.0], "halves": [5.0], "at once": [2.0]}})
+    assert "| sampling alone | 100 | – | 100 ms | 500 ms |" in text
+    assert "| whole | 4.00 s | 100 % |" in text and "| at once | 2.00 s | 200 % |" in text
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_beside_sampling_runs_on_a_toy():
+    out = run("mixed.py", "--quick", "--turns", "1", "--seconds", "2")
+    assert "| both |" in out and "| at once |" in out
