@@ -69,10 +69,16 @@ def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, len
 
 
 def lower_sampler(
-    mesh: Mesh, device_bytes: int, rows: int = 64, tokens: int = 4096, cfg: DecoderConfig = QWEN3_8B
+    mesh: Mesh,
+    device_bytes: int,
+    rows: int = 64,
+    tokens: int = 4096,
+    cfg: DecoderConfig = QWEN3_8B,
+    longest: int | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered, int]:
     """A decode chunk of so many rows, and a prefill of 16 chunks of 256 tokens, under an adapter of rank 32, over pages that
-    hold so many tokens for each row; and the bytes of the pages on one device."""
+    hold so many tokens for each row; and the bytes of the pages on one device. Tables are as a row of `longest` tokens wants
+    them; None: of the context."""
     parts = sharding.parts(mesh, "rows")
     params = abstract_params(mesh, cfg)
     plan = memory.plan(cfg, 2, device_bytes, mesh.shape, mesh.devices.flat[0].platform)
@@ -88,10 +94,11 @@ def lower_sampler(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(lambda: runner._empty(runner._pages_each)),
     )
-    state = jax.tree.map(abstract, Rows.empty(rows, pages_for(cfg.context_length)))
+    width = next(width for width in runner.widths if width >= pages_for(longest or cfg.context_length))
+    state = jax.tree.map(abstract, Rows.empty(rows, width))
     chunk = jax.jit(runner._model.decode_program, static_argnames="top", donate_argnums=2)
     ids, slots = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))
-    table = jax.ShapeDtypeStruct((16, pages_for(cfg.context_length)), jnp.int32, sharding=everywhere)
+    table = jax.ShapeDtypeStruct((16, width), jnp.int32, sharding=everywhere)
     prefill = jax.jit(runner._model.prefill_program, donate_argnums=2)
     pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
     split = parts * (1 if runner._paged._heads() is None else mesh.shape["tensor"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,7 +82,8 @@ class Program:
         """
         new, future = self._claim(_key(shape, static))
         if new:
-            _compilers.submit(self._compile, future, jax.tree.map(_abstract, args), shape, static, precision())
+            abstract = jax.tree.map(_abstract, args)
+            _compilers.submit(partial(self._compile, future, abstract, shape, static, precision()))
         return future
 
     def shapes(self, *args: Any, **static: Any) -> Any:
@@ -130,7 +133,42 @@ class Program:
             future.set_exception(error)
 
 
-_compilers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="tinker_jax-compiler")
+class _Compilers:
+    """Daemon threads: the interpreter waits for those of `ThreadPoolExecutor` until everything queued is compiled."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._threads = most, list[threading.Thread]()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, compile: Callable[[], None]) -> None:
+        """Has it called on one of the threads."""
+        self._queue.put(compile)
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name=f"tinker_jax-compiler {len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def end(self, deadline: float) -> bool:
+        """Drops what is queued and waits for what is being compiled; were all done by then (`time.monotonic`)?"""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        while (compile := self._queue.get()) is not None:
+            compile()
+            del compile
+            self._idle.release()
+
+
+_compilers = _Compilers(max(2, os.cpu_count() or 1))
+end_compilers = _compilers.end
 _announcements: list[str] = []
 _announcing = threading.Lock()
 

@@ -1,5 +1,6 @@
 """The interpreter leaves cleanly whatever the engine is doing."""
 
+import signal
 import subprocess
 import sys
 
@@ -52,3 +53,33 @@ def test_a_script_that_ends_while_its_own_loss_computes_exits_cleanly(checkpoint
     script = CUSTOM.format(model=str(checkpoint("qwen3")))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+COMPILING = """
+import jax, time, tinker_jax as tinker
+service = tinker.ServiceClient()
+client = service.create_lora_training_client(base_model={model!r}, rank=2).result()
+data = [tinker.Datum(tinker.ModelInput.from_ints([5, 6, 7]), {{"target_tokens": [6, 7, 8]}})]
+
+def compile(lowered, *args, **options):
+    print("compiling", flush=True)
+    time.sleep(300)
+
+jax.stages.Lowered.compile = compile
+client.forward_backward(data, "cross_entropy").result()
+"""
+
+
+def test_ctrl_c_during_a_compilation_ends_the_script_and_says_what_was_left(checkpoint):
+    script = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", COMPILING.format(model=str(checkpoint("qwen3")))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stdout is not None and script.stdout.readline() == "compiling\n"
+    script.send_signal(signal.SIGINT)
+    _, stderr = script.communicate(timeout=100)  # far less than the compilation would take
+    assert script.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in stderr
+    assert "tinker_jax: interrupted, left without waiting for: " in stderr

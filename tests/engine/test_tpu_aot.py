@@ -1,5 +1,6 @@
 """Training step and sampler of Qwen3-8B compile for TPU slices, with Pallas' attention kernels, within the memory of a chip."""
 
+import dataclasses
 import os
 
 import aot
@@ -45,3 +46,16 @@ def test_decode_and_prefill_hold_paged_attention_and_fit_the_chip(shape):
         compiled = lowered.compile()
         assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
         assert aot.needed_bytes(compiled) < V5E / 2
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("rows", "longest"), [(32, 262_144), (256, 32_768)])
+def test_a_context_of_262144_tokens_decodes_in_tables_that_the_kernel_can_hold(rows, longest):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc("v6e:2x4", platform="tpu").devices
+    cfg = dataclasses.replace(aot.QWEN3_8B, context_length=262_144)
+    mesh = aot.mesh_of(devices, (1, 1, 8))
+    for lowered in aot.lower_sampler(mesh, V6E, rows=rows, tokens=1024, cfg=cfg, longest=longest)[:2]:
+        assert "ragged_paged_attention" in lowered.as_text()
+        lowered.compile()

@@ -130,3 +130,38 @@ def test_rows_under_way_go_on_with_replaced_values_and_later_requests_share_noth
     again = run(sampler, ask(p, max_tokens=8, stop=[], seed=1), weights=name, tree=new)[0]
     assert again.prompt_cache_hit_tokens == PAGE
     same(again, later.result(0))
+
+
+def test_adapters_side_by_side_are_set_aside_and_one_without_room_waits():
+    room, held = 10**9, []
+
+    def reserve(size):
+        if size > room:
+            return False
+        held.append(size)
+        return True
+
+    slots = AdapterSlots(reserve)
+    slots.join("b", adapter(*SHAPES["b"]))
+    assert slots.fits("c", adapter(*SHAPES["c"]))
+    slots.join("c", adapter(*SHAPES["c"]))
+    assert held[-1] == sum(leaf.nbytes for leaf in jax.tree.leaves(slots.tree())) > 0
+    room = held[-1]
+    assert not slots.fits("other", adapter(9, 64))
+    slots.leave("c")
+    slots.leave("b")
+    assert held[-1] == 0
+    assert slots.fits("other", adapter(9, 64)), "alone it lies where its sampler holds it"
+
+
+def test_requests_of_an_adapter_without_room_beside_others_follow_them(monkeypatch):
+    sampler = shared()
+    names = [next_weights(), next_weights()]
+    asked = [(ask(tokens_of(10), max_tokens=20, seed=n, stop=[]), name, adapter(n, 8)) for n, name in enumerate(names, 1)]
+    expected = [finish(sampler, submit(sampler, *one))[0] for one in asked]
+    monkeypatch.setattr(sampler._scheduler.slots, "_reserve", lambda size: size == 0)
+    futures = [submit(sampler, *one) for one in asked]
+    sampler.step()
+    assert sampler._scheduler.slots.names == {names[0]} and sampler.waiting == 1
+    for ours, theirs in zip(finish(sampler, *futures), expected, strict=True):
+        same(ours, theirs)

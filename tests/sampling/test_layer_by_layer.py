@@ -23,6 +23,7 @@ from tinker_jax.sampling.whole_model import WholeModel
 # Sizes whose layers begin at multiples of 64 bytes, as those of real models do.
 CONFIG = dataclasses.replace(parse(tiny.CONFIGS["qwen3"]().to_dict()), D=64, F=128, N=4, K=2, H=16, V=256)
 RANK = 8
+WIDTH = pages_for(CONFIG.context_length)
 PLAIN = DrawOptions()
 
 
@@ -40,7 +41,7 @@ def adapter(depth=3):
 
 
 def rows(S, live, position=5):
-    out = Rows.empty(S, pages_for(CONFIG.context_length))
+    out = Rows.empty(S, WIDTH)
     out.live[:live], out.position[:], out.remaining[:] = True, position, 100
     out.table[:, 0], out.slots[:] = np.arange(1, S + 1), (0, RANK)
     out.temperature[:] = 0
@@ -83,10 +84,10 @@ def test_a_step_copies_no_weight():
     h, batch = jax.eval_shape(lambda *args: model._embed_tokens(*args, rank=None), model._ends, *_newest(batch_rows))
     drawn = nothing_drawn(S, 16, 0)
     layer = jax.jit(model._run_layers, donate_argnums=(3, 4)).lower(
-        model._weights[0], ({}, {}), np.int32(0), h, jax.eval_shape(lambda: run._empty(5)), batch
+        model._weights[0], ({}, {}), np.int32(0), h, jax.eval_shape(lambda: run._empty(5)), batch_rows.table, batch
     )
     draw = jax.jit(model._draw_tokens, static_argnames="filters", donate_argnums=(3, 4, 5)).lower(
-        model._ends, None, h, batch, batch_rows, drawn, np.int32(0), filters=True
+        model._ends, None, h, batch, batch_rows._replace(table=None), drawn, np.int32(0), filters=True
     )
 
     def nbytes(tree):
@@ -156,47 +157,45 @@ def test_a_chunk_ends_soon_after_its_last_row(monkeypatch):
 def test_a_larger_batch_serves_until_the_right_one_is_worth_compiling():
     run, _ = runner()
     tree, sizes = adapter(), [2, 4, 8]
-    assert run.size_to_use(sizes, tree, PLAIN) == 2, "nothing is there yet: it is compiled now"
+    assert run.shape_to_use(sizes, 1, tree, PLAIN) == (2, WIDTH), "nothing is there yet: it is compiled now"
     run.decode(tree, rows(8, 8), PLAIN)
     assert not run._seconds, "the time of a compilation is not that of a call"
-    assert run.size_to_use(sizes, tree, PLAIN) == 8, "nothing is known of what it takes"
+    assert run.shape_to_use(sizes, 1, tree, PLAIN) == (8, WIDTH), "nothing is known of what it takes"
     run.decode(tree, rows(8, 8), PLAIN)
     (took,) = run._seconds
     run._seconds[took] = 0.8 * _WORTH  # of it three quarters for nothing
-    assert run.size_to_use(sizes, tree, PLAIN) == 8
+    assert run.shape_to_use(sizes, 1, tree, PLAIN) == (8, WIDTH)
     assert len(run._model._draw._compiled) == 1, "nothing is compiled for short work"
-    assert run.size_to_use(sizes, tree, PLAIN) == 8
+    assert run.shape_to_use(sizes, 1, tree, PLAIN) == (8, WIDTH)
     for program in (run._model._layers, run._model._draw, run._model._embed):
         assert len(program._compiled) == 2
         for compiled in list(program._compiled.values()):
             compiled.result(60)
-    assert run.size_to_use(sizes, tree, PLAIN) == 2
-    assert run.size_to_use(sizes, None, PLAIN) == 2, "another adapter shape has programs of its own"
+    assert run.shape_to_use(sizes, 1, tree, PLAIN) == (2, WIDTH)
+    assert run.shape_to_use(sizes, 1, None, PLAIN) == (2, WIDTH), "another adapter shape has programs of its own"
     run._seconds[took] = 2 * _WORTH
-    assert run.size_to_use([1, 8], tree, PLAIN) == 1, "one call for nothing would take longer than a compilation"
+    assert run.shape_to_use([1, 8], 1, tree, PLAIN) == (1, WIDTH), "one call for nothing would take longer than a compilation"
 
 
 def test_prefill_compiles_meanwhile_what_decoding_will_need():
     run, _ = runner()
-    tree, table = adapter(), np.zeros(pages_for(CONFIG.context_length), np.int32)
-    table[0] = 1
-    chunk = Chunk(np.arange(5, dtype=np.int32), 0, table, (0, RANK))
-    run.prefill(tree, [chunk], PAGE, then=([2, 4], PLAIN))
+    chunk = Chunk(np.arange(5, dtype=np.int32), 0, [1], (0, RANK))
+    run.prefill(adapter(), [chunk], PAGE, WIDTH, then=([2, 4], 1, PLAIN))
     assert all(len(program._compiled) == n for program, n in ((run._model._draw, 1), (run._model._layers, 2)))
 
 
 def test_other_numbers_of_rows_prefill_until_the_right_one_is_worth_compiling():
     run, _ = runner()
     tree, sizes = adapter(), [1, 2, 4, 8]
-    chunk = Chunk(np.arange(5, dtype=np.int32), 0, np.zeros(pages_for(CONFIG.context_length), np.int32), (0, RANK))
-    assert run.prefill_size_to_use(sizes, 4, 64, tree) == 4, "nothing is there yet: it is compiled now"
-    run.prefill(tree, [chunk] * 8, 64)
-    assert run.prefill_size_to_use(sizes, 4, 64, tree) == 8
-    assert run.prefill_size_to_use(sizes, 1, 64, tree) == 1, "eight times as many rows cost more than a compilation"
-    run.prefill(tree, [chunk], 64)
+    chunk = Chunk(np.arange(5, dtype=np.int32), 0, [1], (0, RANK))
+    assert run.prefill_shape_to_use(sizes, 4, 1, 64, tree) == (4, WIDTH), "nothing is there yet: it is compiled now"
+    run.prefill(tree, [chunk] * 8, 64, WIDTH)
+    assert run.prefill_shape_to_use(sizes, 4, 1, 64, tree) == (8, WIDTH)
+    assert run.prefill_shape_to_use(sizes, 1, 1, 64, tree) == (1, WIDTH), "eight times the rows cost more than a compilation"
+    run.prefill(tree, [chunk], 64, WIDTH)
     for _ in range(_PATIENCE - 1):
-        assert run.prefill_size_to_use(sizes, 4, 64, tree) == 1, "more calls, no row for nothing"
+        assert run.prefill_shape_to_use(sizes, 4, 1, 64, tree) == (1, WIDTH), "more calls, no row for nothing"
     assert len(run._model._layers._compiled) == 3
     for compiled in list(run._model._layers._compiled.values()):
         compiled.result(60)
-    assert run.prefill_size_to_use(sizes, 4, 64, tree) == 4
+    assert run.prefill_shape_to_use(sizes, 4, 1, 64, tree) == (4, WIDTH)

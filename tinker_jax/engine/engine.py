@@ -9,7 +9,10 @@ import atexit
 import contextlib
 import dataclasses
 import logging
+import os
 import secrets
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -34,7 +37,7 @@ from tinker_jax.engine.ledger import LEDGER, gib
 from tinker_jax.engine.model_files import Text, read_config, stop_ids
 from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.weights import weights
-from tinker_jax.programs import keep_compiled
+from tinker_jax.programs import end_compilers, keep_compiled
 from tinker_jax.sampling.sampler import Sampler
 from tinker_jax.training.pending import Pending
 from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
@@ -116,18 +119,39 @@ def loaded_engines() -> list[Engine]:
         return [engine for engine in _engines.values() if not engine.failed]
 
 
-@atexit.register
-def close_engines() -> None:
-    """Ends every engine: running requests finish, waiting ones are cancelled, device memory is freed."""
+def close_engines(timeout: float = 30.0) -> list[Engine]:
+    """Ends every engine: running requests finish, waiting ones are cancelled, device memory is freed.
+
+    Args:
+        timeout: seconds to wait for all of them together.
+
+    Returns:
+        Those that were still at work then.
+    """
+    deadline = time.monotonic() + timeout
     with _engines_lock:
         engines = [*_engines.values(), *_leaving]
         _engines.clear()
     for engine in engines:
-        engine.close()
+        engine.close(timeout=0)
+    return [engine for engine in engines if not engine.close(max(0.0, deadline - time.monotonic()))]
 
 
-_COPIES = 4
-"""Of an adapter in training: parameters, two moments, gradients."""
+@atexit.register
+def _leave() -> None:
+    """At the interpreter's exit. After Ctrl-C nothing is waited for that takes long: no compiler can be interrupted."""
+    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    deadline = time.monotonic() + (_PATIENCE_INTERRUPTED if interrupted else _PATIENCE)
+    at_work = [f"engine {engine}" for engine in close_engines(deadline - time.monotonic())]
+    if not end_compilers(deadline):
+        at_work.append("compiler")
+    if interrupted and at_work:
+        print(f"tinker_jax: interrupted, left without waiting for: {', '.join(at_work)}", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)  # as Python itself ends after Ctrl-C
+
+
+_PATIENCE, _PATIENCE_INTERRUPTED = 30.0, 2.0  # seconds
 
 
 class Engine:
@@ -169,9 +193,9 @@ class Engine:
     def __str__(self) -> str:
         return self.base_model
 
-    def close(self) -> None:
-        """Ends the worker thread and frees the device memory; later requests raise StateError."""
-        self._worker.close()
+    def close(self, timeout: float = 30.0) -> bool:
+        """Ends the worker thread and frees the device memory; later requests raise StateError. Has it ended in time?"""
+        return self._worker.close(timeout)
 
     def leave(self, user: str) -> None:
         """`user` needs the engine no more. The last one closes it, without waiting. Idempotent, callable from anywhere."""
@@ -243,9 +267,26 @@ class Engine:
             "needed, let the engines plan with less (EngineConfig.memory), or take more devices (EngineConfig.mesh)."
         )
 
-    def _hold(self, purpose: str, lora: LoraConfig, copies: int) -> None:
-        """Sets memory aside for so many copies of an adapter."""
-        LEDGER.hold(self, {purpose: copies * self._trainer.adapter_bytes(lora)}, memory.device_bytes())
+    def _hold_adapter(self, model_id: str, lora: LoraConfig) -> None:
+        """Sets memory aside for training: parameters, two moments, gradients, float32."""
+        LEDGER.hold(self, {f"adapter {model_id}": 4 * self._trainer.adapter_bytes(lora, 4)}, memory.device_bytes())
+
+    def _hold_sampler(self, sampler_id: str, lora: LoraConfig) -> None:
+        """Sets memory aside for an adapter that is sampled from."""
+        size = self._trainer.adapter_bytes(lora, self._dtype.itemsize)
+        LEDGER.hold(self, {f"sampler {sampler_id}": size}, memory.device_bytes())
+
+    def _reserve_slots(self, size: int) -> bool:
+        """See `tinker_jax.sampling.adapter_slots.AdapterSlots`."""
+        try:
+            LEDGER.hold(self, {"slots": size}, memory.device_bytes())
+        except UnprocessableEntityError:
+            return False
+        return True
+
+    def _for_sampling(self, adapter: lora_lib.Adapter, scale: jax.Array | float) -> lora_lib.Adapter:
+        """Its scale folded in, in the model's dtype, in which every product with it is computed anyway."""
+        return jax.tree.map(lambda x: x.astype(self._dtype), lora_lib.scaled(adapter, scale))
 
     def _load_model(self) -> None:
         start = time.perf_counter()
@@ -274,11 +315,12 @@ class Engine:
             stop_ids=stops,
             decode_text=text,
             deterministic=self.config.deterministic,
+            reserve=self._reserve_slots,
         )
         if mesh.devices.flat[0].platform != "cpu":  # there it would take room that training alone never needs
             sampler.allocate()
         LEDGER.hold(self, {"cache": sampler.cache_bytes}, None)  # at most what was planned
-        self._params, self._trainer, self._sampler, self._text = params, trainer, sampler, text
+        self._params, self._dtype, self._trainer, self._sampler, self._text = params, dtype, trainer, sampler, text
         self._info = ModelInfo(self.base_model, cfg.model_type, str(directory), cfg.context_length, cfg.V)
         logger.info(
             "loaded %s (%s, %.3g M parameters, %s, mesh %s) in %.1f s; micro-batches of %d tokens, remat %s, cache %.3g GiB",
@@ -323,7 +365,7 @@ class Engine:
 
         def run() -> LoraConfig:
             seed = secrets.randbits(32) if lora.seed is None else lora.seed
-            self._hold(f"adapter {model_id}", lora, _COPIES)
+            self._hold_adapter(model_id, lora)
             self._adapters[model_id] = self._trainer.new_adapter(lora, seed)
             return dataclasses.replace(lora, seed=seed)
 
@@ -341,7 +383,7 @@ class Engine:
             lora = _lora_of(record)
             if own is not None:
                 self._check_same_kind(record, lora, own)
-            self._hold(f"adapter {model_id}", lora, _COPIES)
+            self._hold_adapter(model_id, lora)
             abstract, abstract_opt = self._trainer.abstract(lora)
             with self._fitting(record):
                 return lora, *load_adapter(record.directory, abstract, abstract_opt if with_optimizer else None)
@@ -560,8 +602,8 @@ class Engine:
 
         def run() -> None:
             state = self._adapter(model_id)
-            self._hold(f"sampler {sampler_id}", state.lora, 1)
-            adapter = lora_lib.scaled(state.params, state.scale)
+            self._hold_sampler(sampler_id, state.lora)
+            adapter = self._for_sampling(state.params, state.scale)
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
             if inflight:
                 followers = self._inflight.setdefault(model_id, [])
@@ -578,10 +620,10 @@ class Engine:
         def read(path: str) -> lora_lib.Adapter:
             record = self._store.get(path)
             lora = _lora_of(record)
-            self._hold(f"sampler {sampler_id}", lora, 1)
+            self._hold_sampler(sampler_id, lora)
             with self._fitting(record):
                 params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
-            return lora_lib.scaled(lora_lib.pad(params), lora_lib.scale(lora.rank))
+            return self._for_sampling(lora_lib.pad(params), lora_lib.scale(lora.rank))
 
         def keep(adapter: lora_lib.Adapter) -> None:
             self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)

@@ -213,15 +213,19 @@ class Worker:
         request.future.set_exception(self._failure)
         return request.future
 
-    def close(self, timeout: float | None = 30.0) -> None:
+    def close(self, timeout: float = 30.0) -> bool:
         """Finishes what is running, cancels the queued requests and ends the threads. Idempotent.
 
         A request under way ends with an error at its next pause, one whose caller's code is still running at once: nobody
-        would be there to take the result. Each thread is waited for, `timeout` seconds: one that runs a program or frees
+        would be there to take the result. The threads are waited for, `timeout` seconds: one that runs a program or frees
         arrays when the interpreter ends takes the process down.
+
+        Returns:
+            Whether all threads have ended.
         """
         if os.getpid() != self._pid:
-            return  # a forked child has no thread to end, and its copy of the lock may be held for ever
+            return True  # a forked child has no thread to end, and its copy of the lock may be held for ever
+        deadline = time.monotonic() + timeout
         with self._wake:
             self._closing = True
             queued = self._take_queue()
@@ -233,11 +237,12 @@ class Worker:
             if request.detour and request.detour.callers:
                 _resolve(request.future.set_exception, _closed_while("the caller's own loss ran"))
         current = threading.current_thread()
-        if current not in (self._thread, self._reader):
-            self._thread.join(timeout)
-            for request in held:
-                if request.outside is not None and request.outside is not current:
-                    request.outside.join(timeout)
+        if current in (self._thread, self._reader):
+            return False
+        threads = [self._thread, *(request.outside for request in held if request.outside not in (None, current))]
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     def _take_queue(self) -> list[_Request]:
         """Everything that waits, in order; it is in no queue afterwards."""

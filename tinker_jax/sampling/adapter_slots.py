@@ -8,7 +8,8 @@ products.
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,9 +26,15 @@ MOST_SLOT_RANK = 512
 
 
 class AdapterSlots:
-    """The adapters of running sequences, by the name of their weights."""
+    """The adapters of running sequences, by the name of their weights.
 
-    def __init__(self) -> None:
+    Args:
+        reserve: sets so many bytes of each device aside for the adapters that lie side by side, in place of what was set aside
+            before; False: there are not so many, and nothing has changed.
+    """
+
+    def __init__(self, reserve: Callable[[int], bool] = lambda size: True) -> None:
+        self._reserve = reserve
         self._users: collections.Counter[Hashable] = collections.Counter()
         self._adapters: dict[Hashable, Adapter] = {}
         self._spans: dict[Hashable, tuple[int, int]] = {}  # of what is in the tree
@@ -49,7 +56,9 @@ class AdapterSlots:
         """Is there room for a row of these weights?"""
         if adapter is None or weights in self._adapters or not self._adapters:
             return True
-        return sum(map(_rank, self._adapters.values())) + _rank(adapter) <= MOST_SLOT_RANK
+        together = [*self._adapters.values(), adapter]
+        rank = sum(map(_rank, together))
+        return rank <= MOST_SLOT_RANK and self._reserve(_bytes(together, lora.bucket(rank)))
 
     def finite(self, adapter: Adapter) -> bool:
         """Are all of an adapter's numbers finite? One that is not would reach the rows of others: 0 · nan is nan."""
@@ -73,6 +82,7 @@ class AdapterSlots:
             self._adapters.pop(weights, None)
             if not self._adapters:
                 self._tree, self._spans = None, {}
+                self._reserve(0)
 
     def replace(self, weights: Hashable, adapter: Adapter) -> None:
         """New values under an old name; running rows continue with them."""
@@ -104,14 +114,16 @@ class AdapterSlots:
         return trees
 
     def _build(self, width: int) -> None:
-        self._spans, at = {}, 0
+        self._tree, self._spans, at = None, {}, 0
         for weights, adapter in self._adapters.items():
             self._spans[weights] = (at, at + _rank(adapter))
             at += _rank(adapter)
         adapters = list(self._adapters.values())
         if len(adapters) == 1 and _rank(adapters[0]) == width:
             self._tree = adapters[0]
+            self._reserve(0)
             return
+        self._reserve(_bytes(adapters, width))
         self._tree = self._join(adapters, width)
 
     def _join(self, adapters: list[Adapter], width: int) -> Adapter:
@@ -130,9 +142,9 @@ def describe(adapter: Adapter | None) -> str:
     return f"rank {_rank(adapter)} on {'+'.join(sorted(modules))}"
 
 
-def batch_name(shape: tuple[int, ...], adapter: Adapter | None) -> str:
-    """Names the shapes of a batch of tokens under such an adapter."""
-    return f"{'x'.join(map(str, shape))} {describe(adapter)}"
+def batch_name(shape: tuple[int, ...], adapter: Adapter | None, pages: int | None = None) -> str:
+    """Names the shapes of a batch of tokens under such an adapter, with tables of so many pages where it has any."""
+    return f"{'x'.join(map(str, shape))} {describe(adapter)}{'' if pages is None else f' {pages} pages'}"
 
 
 def adapter_rank(adapter: Adapter | None) -> int | None:
@@ -165,6 +177,16 @@ def _wide(adapters: list[Adapter], width: int) -> Adapter:
         for name, node in lora.on_rank_axes(grow, adapter).items():
             wide[name] = node if name == "lm_head" else {**node, **wide.get(name, {})}
     return wide
+
+
+def _bytes(adapters: Iterable[Adapter], width: int) -> int:
+    """What `_wide` takes on each device."""
+    leaves: dict[str, int] = {}
+    for adapter in adapters:
+        for path, x in jax.tree.leaves_with_path(adapter):
+            size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            leaves[jax.tree_util.keystr(path)] = size // _rank(adapter) * width
+    return sum(leaves.values())
 
 
 def _put(wide: Adapter, adapter: Adapter, at: jax.Array) -> Adapter:

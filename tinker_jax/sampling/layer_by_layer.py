@@ -39,13 +39,11 @@ class Batch(NamedTuple):
 
     Attributes:
         positions: int32 [R, T], -1 for padding.
-        tables: int32 [R, W], pages of each row in the first layer.
         rope: cos and sin [M, H/2].
         slots: bool [M, rank] or None, see `tinker_jax.lora.updates`.
     """
 
     positions: Any
-    tables: Any
     rope: Any
     slots: Any
 
@@ -84,11 +82,9 @@ class LayerByLayer:
     ) -> tuple[jax.Array, Pages]:
         """Hidden states [R, T, D], and the pool, which is donated."""
         self.prepare_prefill(adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2)
-        name = batch_name(tokens_RT.shape, adapter)
-        h_MD, batch = self._embed(
-            self._ends, tokens_RT, positions_RT, tables_RW, slots_R2, rank=adapter_rank(adapter), shape=name
-        )
-        h_MD, pages = self._all_layers(h_MD, pages, batch, name)
+        name, rank = batch_name(tokens_RT.shape, adapter), adapter_rank(adapter)
+        h_MD, batch = self._embed(self._ends, tokens_RT, positions_RT, slots_R2, rank=rank, shape=name)
+        h_MD, pages = self._all_layers(h_MD, pages, jax.device_put(tables_RW), batch, adapter)
         return self._norm(self._ends, h_MD, batch.positions, shape=name), pages
 
     def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Drawn]:
@@ -97,10 +93,11 @@ class LayerByLayer:
         name = batch_name((rows.token.size, 1), adapter)
         longest, before = int(np.max(rows.remaining, where=rows.live, initial=1)), None
         h_SD, batch = self._embed(self._ends, *_newest(rows), rank=adapter_rank(adapter), shape=name)
+        tables_SW, rows = jax.device_put(rows.table), rows._replace(table=None)
         # The draw writes to these: they must not lie in memory of NumPy.
         rows, drawn = jax.device_put((rows, nothing_drawn(rows.token.size, self._steps, options.top)), may_alias=False)
         for step in self._numbers[: min(longest, self._steps)]:
-            h_SD, pages = self._all_layers(h_SD, pages, batch, name)
+            h_SD, pages = self._all_layers(h_SD, pages, tables_SW, batch, adapter)
             args = self._ends, self._head, h_SD, batch, rows, drawn, step
             live, h_SD, batch, rows, drawn = self._draw(*args, **_draw_key(name, options))
             if before is not None and not before:  # of the step before, so that the device always has the next one to do
@@ -113,36 +110,37 @@ class LayerByLayer:
     ) -> None:
         """Has what a prefill of this shape needs compiled on other threads."""
         self._use(adapter)
-        name, args = batch_name(tokens_RT.shape, adapter), (self._ends, tokens_RT, positions_RT, tables_RW, slots_R2)
-        if self.is_ready_to_prefill(tokens_RT.shape, adapter):
+        if self.is_ready_to_prefill(tokens_RT.shape, tables_RW.shape[1], adapter):
             return
+        name, args = batch_name(tokens_RT.shape, adapter), (self._ends, tokens_RT, positions_RT, slots_R2)
         rank = adapter_rank(adapter)
         h_MD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), *args)
-        self._layers.prepare(self._weights[0], self._factors[0], self._numbers[0], h_MD, pages, batch, shape=name)
+        self._prepare_layers(h_MD, pages, tables_RW, batch, adapter)
         self._embed.prepare(*args, rank=rank, shape=name)
         self._norm.prepare(self._ends, h_MD, batch.positions, shape=name)
 
     def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Any, options: DrawOptions) -> None:
         """Has what decoding such rows needs compiled on other threads."""
         self._use(adapter)
-        S = rows.token.shape[0]
-        if self.is_ready(S, adapter, options):
+        S, W = rows.table.shape
+        if self.is_ready(S, W, adapter, options):
             return
         name, rank = batch_name((S, 1), adapter), adapter_rank(adapter)
         h_SD, batch = jax.eval_shape(functools.partial(self._embed_tokens, rank=rank), self._ends, *_newest(rows))
-        args = self._ends, self._head, h_SD, batch, rows, nothing_drawn(S, self._steps, options.top), self._numbers[0]
+        drawn = nothing_drawn(S, self._steps, options.top)
+        args = self._ends, self._head, h_SD, batch, rows._replace(table=None), drawn, self._numbers[0]
         self._draw.prepare(*args, **_draw_key(name, options))
-        self._layers.prepare(self._weights[0], self._factors[0], self._numbers[0], h_SD, pages, batch, shape=name)
+        self._prepare_layers(h_SD, pages, rows.table, batch, adapter)
         self._embed.prepare(self._ends, *_newest(rows), rank=rank, shape=name)
 
-    def is_ready(self, S: int, adapter: Adapter | None, options: DrawOptions) -> bool:
-        """Are the programs compiled that decode S rows?"""
-        name = batch_name((S, 1), adapter)
-        return self._layers.is_ready(name) and self._draw.is_ready(**_draw_key(name, options))
+    def is_ready(self, S: int, W: int, adapter: Adapter | None, options: DrawOptions) -> bool:
+        """Are the programs compiled that decode S rows of up to W pages?"""
+        draw = _draw_key(batch_name((S, 1), adapter), options)
+        return self._layers.is_ready(batch_name((S, 1), adapter, W)) and self._draw.is_ready(**draw)
 
-    def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
-        """Are the programs compiled that prefill a batch of this shape?"""
-        return self._layers.is_ready(batch_name(shape, adapter))
+    def is_ready_to_prefill(self, shape: tuple[int, int], W: int, adapter: Adapter | None) -> bool:
+        """Are the programs compiled that prefill a batch of this shape, its rows of up to W pages?"""
+        return self._layers.is_ready(batch_name(shape, adapter, W))
 
     def forget_adapter(self) -> None:
         """Keeps no adapter alive."""
@@ -171,27 +169,34 @@ class LayerByLayer:
 
     # -- programs --------------------------------------------------------------------------------------------------------
 
-    def _all_layers(self, h_MD: jax.Array, pages: Pages, batch: Batch, name: str) -> tuple[jax.Array, Pages]:
+    def _all_layers(
+        self, h_MD: jax.Array, pages: Pages, tables_RW: jax.Array, batch: Batch, adapter: Adapter | None
+    ) -> tuple[jax.Array, Pages]:
+        name = batch_name(batch.positions.shape, adapter, tables_RW.shape[1])
         for params, factors, at in zip(self._weights, self._factors, self._numbers[:: self._size], strict=False):
-            h_MD, pages = self._layers(params, factors, at, h_MD, pages, batch, shape=name)
+            h_MD, pages = self._layers(params, factors, at, h_MD, pages, tables_RW, batch, shape=name)
         return h_MD, pages
 
-    def _embed_tokens(self, ends, tokens_RT, positions_RT, tables_RW, slots_R2, *, rank):
+    def _prepare_layers(self, h_MD: Any, pages: Pages, tables_RW: Any, batch: Any, adapter: Adapter | None) -> None:
+        args = self._weights[0], self._factors[0], self._numbers[0], h_MD, pages, tables_RW, batch
+        self._layers.prepare(*args, shape=batch_name(batch.positions.shape, adapter, tables_RW.shape[1]))
+
+    def _embed_tokens(self, ends, tokens_RT, positions_RT, slots_R2, *, rank):
         T = tokens_RT.shape[1]
         slots = own_slots(slots_R2, rank)
         slots_MR = None if slots is None else jnp.repeat(slots, T, axis=0)
-        positions_RT, tables_RW = jnp.asarray(positions_RT), jnp.asarray(tables_RW)
+        positions_RT = jnp.asarray(positions_RT)
         h_MD = ends["embed.embedding"][tokens_RT.reshape(-1)]
-        return h_MD, Batch(positions_RT, tables_RW, self._rope(positions_RT), slots_MR)
+        return h_MD, Batch(positions_RT, self._rope(positions_RT), slots_MR)
 
     def _rope(self, positions_RT):
         return rope_table(self._cfg.rope, self._cfg.H, positions_RT.reshape(-1))
 
-    def _run_layers(self, params, factors, first, h_MD, pages, batch):
+    def _run_layers(self, params, factors, first, h_MD, pages, tables_RW, batch):
         """Layers first, first + 1, …"""
         each = self._paged.pages(pages) // self._cfg.L
         for at, (own_params, own_factors) in enumerate(zip(params, factors, strict=True)):
-            tables = batch.tables + (first + at) * each
+            tables = tables_RW + (first + at) * each  # pages are numbered as in the first layer
             block = Block(self._cfg, own_params)
             h_MD, pages = block.extend(h_MD, pages, batch.positions, tables, batch.rope, own_factors, batch.slots, self._paged)
         return h_MD, pages
@@ -215,6 +220,6 @@ def _draw_key(name: str, options: DrawOptions) -> dict[str, Any]:
     return {"shape": f"{name} top {options.top}{' filters' * options.filters}", "filters": options.filters}
 
 
-def _newest(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each row's newest token as a batch: tokens and positions [S, 1], tables, adapter slots."""
-    return rows.token[:, None], np.where(rows.live, rows.position, -1)[:, None], rows.table, rows.slots
+def _newest(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's newest token as a batch: tokens and positions [S, 1], adapter slots."""
+    return rows.token[:, None], np.where(rows.live, rows.position, -1)[:, None], rows.slots

@@ -6,6 +6,7 @@ A row is known to a program by its table of pages alone, so rows join, leave and
 from __future__ import annotations
 
 import collections
+import itertools
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import batch_name
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
 from tinker_jax.sampling.layer_by_layer import LayerByLayer
-from tinker_jax.sampling.page_pool import pages_for
+from tinker_jax.sampling.page_pool import pages_for, table_widths
 from tinker_jax.sampling.whole_model import WholeModel
 
 STEPS = 16
@@ -44,7 +45,7 @@ class Chunk:
 
     tokens: np.ndarray
     start: int
-    table: np.ndarray
+    pages: Sequence[int]
     slot: tuple[int, int]
 
 
@@ -58,13 +59,23 @@ class ModelRunner:
         dtype: of keys and values.
         pages: of each layer and part of the rows, page 0 among them.
         unstack: decode with a second copy of the layers' weights, see `tinker_jax.memory.plan`.
+        one_width: tables always have room for the whole context; else as much as the longest row at work needs, rounded up to
+            one of `tinker_jax.sampling.page_pool.table_widths`.
     """
 
     def __init__(
-        self, cfg: DecoderConfig, params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any, pages: int, unstack: bool
+        self,
+        cfg: DecoderConfig,
+        params: Mapping[str, jax.Array],
+        mesh: Mesh,
+        dtype: Any,
+        pages: int,
+        unstack: bool,
+        one_width: bool = False,
     ) -> None:
-        self._cfg, self._pages_each = cfg, pages
-        self._width = pages_for(cfg.context_length)
+        self._cfg, self._pages_each, self._parts = cfg, pages, sharding.parts(mesh, "rows")
+        most = pages_for(cfg.context_length)
+        self.widths = [most] if one_width else table_widths(most)
         self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
         self._by_layer = sharding.on_default_cpu(mesh)
         self._new_model = (
@@ -114,68 +125,93 @@ class ModelRunner:
         self.release()
         self._model.close()
 
-    def size_to_use(self, sizes: Sequence[int], adapter: Adapter | None, options: DrawOptions) -> int:
-        """How many rows to decode.
+    def most_rows(self, sizes: Sequence[int], pages: int) -> int:
+        """Most rows that one call takes when the longest has so many pages.
 
         Args:
-            sizes: that would do, rising.
+            sizes: numbers of rows, rising.
+            pages: of the longest row.
+        """
+        return max((size for size in sizes if self._shapes([size], pages)), default=sizes[0])
+
+    def _shapes(self, sizes: Sequence[int], pages: int) -> list[tuple[int, int]]:
+        """Rows and pages of the tables that would do, best first."""
+        most = self._paged.backend.most_entries
+        shapes = itertools.product(sizes, [width for width in self.widths if width >= pages])
+        return [(size, width) for size, width in shapes if most is None or size // self._parts * width <= most]
+
+    def shape_to_use(self, sizes: Sequence[int], pages: int, adapter: Adapter | None, options: DrawOptions) -> tuple[int, int]:
+        """How many rows to decode, with tables of how many pages.
+
+        Args:
+            sizes: numbers of rows that would do, rising.
+            pages: of the longest row.
             adapter: as in `decode`.
             options: as in `decode`.
 
         Returns:
-            The first, or while its programs are not there, the next whose are. That decodes rows for nothing; when the time
-            they took is that of a compilation, the programs of the first are compiled on another thread. Where a single call
-            would lose as much, it is the first at once.
+            The least of both; or while the programs of that are not there, the next shape whose are. Wider tables cost nothing
+            worth a compilation. More rows do: when the time they took for nothing is that of a compilation, the programs of the
+            first shape are compiled on another thread; where a single call would lose as much, it is the first at once.
         """
-        size, lost = self._choice(sizes, adapter, options)
+        shapes = self._shapes(sizes, pages)
+        (size, width), lost = self._choice(shapes, adapter, options)
         if lost:
-            best = batch_name((sizes[0],), adapter), options
+            best = batch_name(shapes[0][:1], adapter, shapes[0][1]), options
             self._lost[best] += lost
             if self._lost[best] >= _WORTH:
-                self._prepare_decode(sizes[0], adapter, options)
-        return size
+                self._prepare_decode(shapes[0], adapter, options)
+        return size, width
 
-    def _choice(self, sizes: Sequence[int], adapter: Adapter | None, options: DrawOptions) -> tuple[int, float]:
-        """What `size_to_use` returns, and the seconds that its rows for nothing will take, as far as is known."""
-        best, size = sizes[0], next((size for size in sizes if self._model.is_ready(size, adapter, options)), sizes[0])
-        lost = (1 - best / size) * self._seconds.get(batch_name((size,), adapter), 0.0)
-        return (size, lost) if lost < _WORTH else (best, 0.0)
+    def _choice(
+        self, shapes: Sequence[tuple[int, int]], adapter: Adapter | None, options: DrawOptions
+    ) -> tuple[tuple[int, int], float]:
+        """What `shape_to_use` returns, and the seconds that its rows for nothing will take, as far as is known."""
+        best = shapes[0]
+        shape = next((shape for shape in shapes if self._model.is_ready(*shape, adapter, options)), best)
+        lost = (1 - best[0] / shape[0]) * self._seconds.get(batch_name(shape[:1], adapter), 0.0)
+        return (shape, lost) if lost < _WORTH else (best, 0.0)
 
-    def prefill_size_to_use(self, sizes: Sequence[int], best: int, T: int, adapter: Adapter | None) -> int:
-        """How many rows of T tokens to prefill in one call.
+    def prefill_shape_to_use(
+        self, sizes: Sequence[int], best: int, pages: int, T: int, adapter: Adapter | None
+    ) -> tuple[int, int]:
+        """How many rows of T tokens to prefill in one call, with tables of how many pages.
 
         Args:
             sizes: all numbers of rows, rising.
             best: the one that just takes everything that waits.
+            pages: of the longest row.
             T: tokens of a row.
             adapter: as in `prefill`.
 
         Returns:
-            The best, unless its programs are not there and those of fewer rows are: then these serve, in more calls; or those
-            of at most `_LARGER` times as many. When that has happened `_PATIENCE` times, the programs of the best are compiled
-            on another thread.
+            The best and the narrowest tables, or wider ones whose programs are there; unless the programs of the best are not
+            there and those of fewer rows are: then these serve, in more calls; or those of at most `_LARGER` times as many.
+            When that has happened `_PATIENCE` times, the programs of the best are compiled on another thread.
         """
         others = [*reversed([size for size in sizes if size < best]), *[n for n in sizes if best < n <= _LARGER * best]]
-        size = next((n for n in (best, *others) if self._model.is_ready_to_prefill((n, T), adapter)), best)
-        if size != best and self._is_worth_it(batch_name((best, T), adapter)):
-            tokens, positions, tables, slots = (np.zeros((best, n), np.int32) for n in (T, T, self._width, 2))
+        shapes = self._shapes([best, *others], pages)
+        size, width = next((s for s in shapes if self._model.is_ready_to_prefill((s[0], T), s[1], adapter)), shapes[0])
+        if size != best and self._is_worth_it(batch_name((best, T), adapter, width)):
+            tokens, positions, tables, slots = (np.zeros((best, n), np.int32) for n in (T, T, width, 2))
             self._model.prepare_prefill(adapter, self._pages, tokens, positions, tables, slots)
-        return size
+        return size, width
 
     def _is_worth_it(self, programs: Hashable) -> bool:
         """Counts a call that went without these programs; have there been enough?"""
         self._missed[programs] += 1
         return self._missed[programs] >= _PATIENCE
 
-    def _prepare_decode(self, size: int, adapter: Adapter | None, options: DrawOptions) -> None:
-        self._model.prepare_decode(adapter, self._pages, Rows.empty(size, self._width), options)
+    def _prepare_decode(self, shape: tuple[int, int], adapter: Adapter | None, options: DrawOptions) -> None:
+        self._model.prepare_decode(adapter, self._pages, Rows.empty(*shape), options)
 
     def prefill(
         self,
         adapter: Adapter | None,
         chunks: Sequence[Chunk | None],
         T: int,
-        then: tuple[Sequence[int], DrawOptions] | None = None,
+        width: int,
+        then: tuple[Sequence[int], int, DrawOptions] | None = None,
     ) -> jax.Array:
         """Writes keys and values of each row's chunk; rows of the same sequence see each other's.
 
@@ -183,26 +219,27 @@ class ModelRunner:
             adapter: scaled adapters, side by side, or None.
             chunks: of each row; None is filler.
             T: tokens of a row.
-            then: `sizes` and `options` of the decoding that will follow: what it lacks is compiled meanwhile.
+            width: pages of the tables.
+            then: `sizes`, `pages` and `options` of the decoding that will follow: what it lacks is compiled meanwhile.
 
         Returns:
             Hidden states [R, T, D]; what stands for None, or behind the end of a chunk, is filler.
         """
-        R, W = len(chunks), next(chunk.table.size for chunk in chunks if chunk)
+        R, W = len(chunks), width
         tokens, positions = np.zeros((R, T), np.int32), np.full((R, T), -1, np.int32)
         tables, slots = np.zeros((R, W), np.int32), np.zeros((R, 2), np.int32)
         for r, chunk in enumerate(chunks):
             if chunk:
                 n = len(chunk.tokens)
                 tokens[r, :n], positions[r, :n] = chunk.tokens, np.arange(chunk.start, chunk.start + n)
-                tables[r], slots[r] = chunk.table, chunk.slot
+                tables[r, : len(chunk.pages)], slots[r] = chunk.pages, chunk.slot
         batch = tokens, positions, tables, slots
         self._model.prepare_prefill(adapter, self._pages, *batch)
         if then:
-            sizes, options = then
-            size, _ = self._choice(sizes, adapter, options)
-            if not self._model.is_ready(size, adapter, options):
-                self._prepare_decode(size, adapter, options)
+            sizes, longest, options = then
+            shape, _ = self._choice(self._shapes(sizes, longest), adapter, options)
+            if not self._model.is_ready(*shape, adapter, options):
+                self._prepare_decode(shape, adapter, options)
         h_RTD, self._pool = self._model.prefill(adapter, self._pages, *batch)
         return h_RTD
 
@@ -214,7 +251,8 @@ class ModelRunner:
             rows: the rows; their tables have room for `STEPS` tokens more.
             options: of the program.
         """
-        compiled, start = self._model.is_ready(rows.token.size, adapter, options), time.perf_counter()
+        S, W = rows.table.shape
+        compiled, start = self._model.is_ready(S, W, adapter, options), time.perf_counter()
         self._pool, drawn = self._model.decode(adapter, self._pages, rows, options)
         drawn = jax.device_get(drawn)
         if compiled:

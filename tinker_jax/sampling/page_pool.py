@@ -14,6 +14,8 @@ from typing import Any
 
 from tinker_jax.kernels.decode_attention import PAGE
 
+_NARROWEST = 128  # pages: most models' requests never need more than one width
+
 #: What a page holds: (identity of the page before it, or the weights in front of the first one; its tokens).
 Key = tuple[Hashable, bytes]
 
@@ -21,6 +23,16 @@ Key = tuple[Hashable, bytes]
 def pages_for(tokens: int) -> int:
     """Pages that hold so many tokens."""
     return -(-tokens // PAGE)
+
+
+def table_widths(most: int) -> list[int]:
+    """Pages that a row's table may have room for, rising: programs are compiled for these alone."""
+    widths = [most]
+    narrow = _NARROWEST
+    while 2 * narrow <= most:
+        widths.insert(-1, narrow)
+        narrow *= 4
+    return widths
 
 
 class PagePool:

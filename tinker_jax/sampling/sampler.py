@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,6 +26,7 @@ from tinker_jax import memory, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
+from tinker_jax.sampling.adapter_slots import AdapterSlots
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
 from tinker_jax.sampling.model_runner import Chunk, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
@@ -71,6 +72,8 @@ class Sampler:
         unstack: decode with a second copy of the layers' weights, see `tinker_jax.memory.plan`.
         deterministic: compute every row in programs of one shape, under one adapter at a time, on keys and values that were
             computed the same way: results are then the same bit for bit whatever else runs. Slower with few rows.
+        reserve: see `tinker_jax.sampling.adapter_slots.AdapterSlots`. Requests of adapters for which there is no room beside
+            those at work wait for these.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Sampler:
         decode_text: Callable[[Any], str],
         unstack: bool = True,
         deterministic: bool = False,
+        reserve: Callable[[int], bool] = lambda size: True,
     ) -> None:
         self._cfg, self._stop_ids, self._decode_text = cfg, tuple(stop_ids), decode_text
         self._deterministic = deterministic
@@ -101,8 +105,8 @@ class Sampler:
         self._page_bytes = PAGE * memory.token_bytes(cfg, dtype.itemsize, sharding.parts(mesh, "kv_heads"))
         most = self._rows[-1] * pages_for(cfg.context_length)
         self._pages = max(0, min(kv_bytes // self._page_bytes - 1, most))
-        self._scheduler = Scheduler(self._pages, parts, self._rows[-1], cfg.context_length, deterministic)
-        self._runner = ModelRunner(cfg, params, mesh, dtype, self._pages + 1, unstack)
+        self._scheduler = Scheduler(self._pages, parts, self._rows[-1], deterministic, AdapterSlots(reserve))
+        self._runner = ModelRunner(cfg, params, mesh, dtype, self._pages + 1, unstack, one_width=deterministic)
         self._scorer = Scorer(cfg, params)
         self._waiting: collections.deque[SequenceGroup] = collections.deque()
 
@@ -204,19 +208,21 @@ class Sampler:
         Returns:
             Number of compiled programs. Requests that wait or run are not disturbed.
         """
-        parts, context = self._parts, pages_for(self._cfg.context_length)
+        parts = self._parts
         trees: list[Adapter | None] = [None]
         if adapter is not None:
             trees += self._scheduler.slots.warm_up(adapter, adapters)
         two, params = ModelInput.from_ints([0, 0]), SamplingParams(max_tokens=1)
         probe = self.parse(SampleRequest(prompt=two, sampling_params=params, prompt_logprobs=True))
         try:
-            for tree in trees:
-                for rows, filters in itertools.product(self._rows, (False, True)):
-                    self._runner.decode(tree, Rows.empty(rows * parts, context), DrawOptions(filters=filters))
+            for tree, width in itertools.product(trees, self._runner.widths):
+                most = self._runner.most_rows(self._sizes(0), width)
+                for rows, filters in itertools.product(self._sizes(0), (False, True)):
+                    if rows <= most:
+                        self._runner.decode(tree, Rows.empty(rows, width), DrawOptions(filters=filters))
                 for T, count in ((T, count) for T, counts in self._chunks.items() for count in counts):
-                    nothing = Chunk(np.zeros(0, np.int32), 0, np.zeros(context, np.int32), (0, 0))
-                    h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T)
+                    nothing = Chunk(np.zeros(0, np.int32), 0, (), (0, 0))
+                    h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T, width)
                     self._scorer.score([(probe, 0)] + [None] * (count * parts - 1), adapter if tree else None, h_RTD)
             self._runner.copy([(0, 0, 0)])
         except Exception as error:
@@ -327,11 +333,13 @@ class Sampler:
             adapter = self._scheduler.slots.tree()
             most = _smallest(self._chunks[T], max(map(len, planned)))
             sizes = [R * self._parts for R in self._chunks[T]]
-            R = self._runner.prefill_size_to_use(sizes, most * self._parts, T, adapter) // self._parts
+            longest = max(len(row[0].pages) for row in placed if row)
+            size, width = self._runner.prefill_shape_to_use(sizes, most * self._parts, longest, T, adapter)
+            R = size // self._parts
             placed = [row for rows in planned for row in (*rows[:R], *[None] * (R - len(rows)))]
-            running = self._scheduler.running
-            then = self._sizes(running), self._options(running)
-            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row, T) for row in placed], T, then=then)
+            batch = next(self._batches(self._scheduler.running))
+            then = self._sizes(self._rows_of(batch)), _longest(batch), self._options(batch)
+            h_RTD = self._runner.prefill(adapter, [row and self._chunk_of(*row, T) for row in placed], T, width, then)
             self._score(placed, h_RTD)
         except Exception as error:
             self._lose_cache(error, {row[0].group for row in placed if row})
@@ -343,7 +351,7 @@ class Sampler:
 
     def _chunk_of(self, sequence: Sequence, start: int, T: int) -> Chunk:
         tokens = sequence.tokens(start, min(start + T, sequence.length - 1))
-        return Chunk(tokens, start, self._scheduler.table(sequence), self._scheduler.slots.span(sequence.group.weights))
+        return Chunk(tokens, start, sequence.pages, self._scheduler.slots.span(sequence.group.weights))
 
     def _score(self, placed: list[tuple[Sequence, int] | None], h_RTD: jax.Array) -> None:
         """Reads the prompts' numbers off a prefill's hidden states, prompts of one adapter and one kind together."""
@@ -366,10 +374,22 @@ class Sampler:
                 group.scores.put(start, n, scored, r)
                 group.scored = start + n
 
-    def _sizes(self, sequences: list[Sequence]) -> list[int]:
-        """Numbers of rows, rising, in which these can be decoded."""
-        most = max(map(len, self._scheduler.by_part(sequences)))
-        return [rows * self._parts for rows in self._rows if rows >= most]
+    def _sizes(self, least: int) -> list[int]:
+        """Numbers of rows, rising, that programs are compiled for; those with at least so many rows of each part."""
+        return [rows * self._parts for rows in self._rows if rows >= least]
+
+    def _rows_of(self, sequences: list[Sequence]) -> int:
+        """Rows of each part that these need."""
+        return max(map(len, self._scheduler.by_part(sequences)))
+
+    def _batches(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Those that are decoded together: all, unless the tables of the longest leave no room for so many."""
+        # Long rows beside long ones: attention works through a few rows at once, as far as the longest reaches.
+        of_part = self._scheduler.by_part(sorted(sequences, key=lambda sequence: -len(sequence.pages)))
+        while any(of_part):
+            most = self._runner.most_rows(self._sizes(0), _longest(itertools.chain(*of_part))) // self._parts
+            yield [sequence for rows in of_part for sequence in rows[:most]]
+            of_part = [rows[most:] for rows in of_part]
 
     def _options(self, sequences: list[Sequence]) -> DrawOptions:
         """What a program must do that decodes these."""
@@ -379,22 +399,24 @@ class Sampler:
     # -- drawing -----------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        """One chunk of decode steps for every row that is ready, and what follows from it."""
+        """One chunk of decode steps for every sequence that is ready, and what follows from it."""
         for sequence in list(self._scheduler.running):
             if sequence.ready:
                 self._scheduler.grow(sequence)
-        ready = [sequence for sequence in self._scheduler.running if sequence.ready]
+        for batch in self._batches([sequence for sequence in self._scheduler.running if sequence.ready]):
+            self._decode_batch([sequence for sequence in batch if sequence.pages])  # those before may have failed it
+
+    def _decode_batch(self, ready: list[Sequence]) -> None:
         if not ready:
             return
-        # Long rows beside long ones: attention works through a few rows at once, as far as the longest reaches.
-        ready.sort(key=lambda sequence: -sequence.computed)
-        of_part = self._scheduler.by_part(ready)
-        options = self._options(ready)
+        of_part, options = self._scheduler.by_part(ready), self._options(ready)
         try:
             adapter = self._scheduler.slots.tree()
-            S = self._runner.size_to_use(self._sizes(ready), adapter, options) // self._parts
+            sizes, longest = self._sizes(self._rows_of(ready)), _longest(ready)
+            size, width = self._runner.shape_to_use(sizes, longest, adapter, options)
+            S = size // self._parts
             places = {part * S + i: sequence for part, rows in enumerate(of_part) for i, sequence in enumerate(rows)}
-            rows = Rows.empty(S * len(of_part), pages_for(self._cfg.context_length))
+            rows = Rows.empty(size, width)
             for place, sequence in places.items():
                 self._scheduler.put(rows, place, sequence)
             drawn = self._runner.decode(adapter, rows, options)
@@ -500,6 +522,11 @@ def _in_turn(rows: list[list[Any]], most: int) -> list[Any]:
     """The first of each, then the second of each, and so on."""
     rounds = itertools.zip_longest(*(of_one[:most] for of_one in rows))
     return [row for each in rounds for row in each if row is not None][:most]
+
+
+def _longest(sequences: Iterable[Sequence]) -> int:
+    """Pages of the longest."""
+    return max(len(sequence.pages) for sequence in sequences)
 
 
 def _half(sizes: list[int]) -> list[int]:

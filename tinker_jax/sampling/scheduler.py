@@ -9,8 +9,6 @@ import collections
 import itertools
 from collections.abc import Hashable
 
-import numpy as np
-
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
 from tinker_jax.sampling.adapter_slots import AdapterSlots
@@ -27,22 +25,21 @@ class Scheduler:
         pages: that the sequences of one part of the rows may hold.
         parts: of the rows, each with pages of its own.
         most_rows: sequences that run in one part at once.
-        context: most tokens of a sequence.
         deterministic: see `tinker_jax.sampling.sampler.Sampler`.
+        slots: for the adapters of the running sequences.
 
     Attributes:
         running: sequences that hold pages.
         preempted: sequences whose pages were taken, to be admitted again; oldest first.
-        slots: adapters of the running sequences.
         most_rows: as given; those that run already stay when it falls.
     """
 
-    def __init__(self, pages: int, parts: int, most_rows: int, context: int, deterministic: bool) -> None:
+    def __init__(self, pages: int, parts: int, most_rows: int, deterministic: bool, slots: AdapterSlots) -> None:
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
-        self.slots = AdapterSlots()
+        self.slots = slots
         self._pages, self._parts, self.most_rows = pages, parts, most_rows
-        self._most_pages, self._deterministic = pages_for(context), deterministic
+        self._deterministic = deterministic
         self._pools = [PagePool(pages) for _ in range(parts)]
         self._admitted = 0  # sequences that were ever admitted
         self._turns = itertools.count()
@@ -176,12 +173,6 @@ class Scheduler:
             sequence.parent = pool.identity(pool.remember(sequence.pages[sequence.known], key))
             sequence.known += 1
 
-    def table(self, sequence: Sequence) -> np.ndarray:
-        """int32 [W], W pages for every token of the context; 0 where there is none yet."""
-        table = np.zeros(self._most_pages, np.int32)
-        table[: len(sequence.pages)] = sequence.pages
-        return table
-
     def put(self, rows: Rows, place: int, sequence: Sequence) -> None:
         """Describes a sequence that is ready to be decoded in a row of the decode batch."""
         request = sequence.group.request
@@ -197,7 +188,7 @@ class Scheduler:
         if len(request.stop.ids) <= STOP_IDS:
             rows.stop_ids[place, : len(request.stop.ids)] = request.stop.ids
         rows.slots[place] = self.slots.span(sequence.group.weights)
-        rows.table[place] = self.table(sequence)
+        rows.table[place, : len(sequence.pages)] = sequence.pages
 
     def remove(self, sequence: Sequence) -> None:
         """Frees a sequence's row and pages."""

@@ -43,33 +43,32 @@ class WholeModel:
     ) -> tuple[jax.Array, Pages]:
         """Hidden states [R, T, D], and the pool, which is donated."""
         args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
-        return self._prefill(*args, shape=batch_name(tokens_RT.shape, adapter))
+        return self._prefill(*args, shape=batch_name(tokens_RT.shape, adapter, tables_RW.shape[1]))
 
     def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Drawn]:
         """Up to `steps` tokens for every live row; the pool is donated. The program always has the filters."""
-        return self._decode(self._params, adapter, pages, rows, top=options.top, shape=batch_name(rows.token.shape, adapter))
+        shape = batch_name(rows.token.shape, adapter, rows.table.shape[1])
+        return self._decode(self._params, adapter, pages, rows, top=options.top, shape=shape)
 
     def prepare_prefill(
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
     ) -> None:
         """Has what a prefill of this shape needs compiled on another thread."""
-        if not self.is_ready_to_prefill(tokens_RT.shape, adapter):
-            args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
-            self._prefill.prepare(*args, shape=batch_name(tokens_RT.shape, adapter))
+        args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
+        self._prefill.prepare(*args, shape=batch_name(tokens_RT.shape, adapter, tables_RW.shape[1]))
 
     def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> None:
         """Has what decoding such rows needs compiled on another thread."""
-        if not self.is_ready(rows.token.size, adapter, options):
-            shape = batch_name(rows.token.shape, adapter)
-            self._decode.prepare(self._params, adapter, pages, rows, top=options.top, shape=shape)
+        shape = batch_name(rows.token.shape, adapter, rows.table.shape[1])
+        self._decode.prepare(self._params, adapter, pages, rows, top=options.top, shape=shape)
 
-    def is_ready(self, S: int, adapter: Adapter | None, options: DrawOptions) -> bool:
-        """Is the program compiled that decodes S rows?"""
-        return self._decode.is_ready(batch_name((S,), adapter), top=options.top)
+    def is_ready(self, S: int, W: int, adapter: Adapter | None, options: DrawOptions) -> bool:
+        """Is the program compiled that decodes S rows of up to W pages?"""
+        return self._decode.is_ready(batch_name((S,), adapter, W), top=options.top)
 
-    def is_ready_to_prefill(self, shape: tuple[int, int], adapter: Adapter | None) -> bool:
-        """Is the program compiled that prefills a batch of this shape?"""
-        return self._prefill.is_ready(batch_name(shape, adapter))
+    def is_ready_to_prefill(self, shape: tuple[int, int], W: int, adapter: Adapter | None) -> bool:
+        """Is the program compiled that prefills a batch of this shape, its rows of up to W pages?"""
+        return self._prefill.is_ready(batch_name(shape, adapter, W))
 
     def forget_adapter(self) -> None:
         """There is nothing to do: no adapter is kept."""

@@ -131,11 +131,11 @@ class Trainer:
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
         return adapter, {"mu": adapter, "nu": adapter, "count": count}
 
-    def adapter_bytes(self, lora: LoraConfig) -> int:
-        """Bytes on each device of an adapter's parameters, as they are held in training."""
+    def adapter_bytes(self, lora: LoraConfig, itemsize: int) -> int:
+        """Bytes on each device of an adapter's parameters at the rank at which they are computed, so many for each number."""
         shapes = lora_lib.abstract(self._targets, lora_lib.bucket(lora.rank), groups(lora))
-        sizes = jax.tree.map(lambda x, s: 4 * math.prod(s.shard_shape(x.shape)), shapes, self.adapter_shardings(groups(lora)))
-        return sum(jax.tree.leaves(sizes))
+        cuts = self.adapter_shardings(groups(lora))
+        return itemsize * sum(jax.tree.leaves(jax.tree.map(lambda x, cut: math.prod(cut.shard_shape(x.shape)), shapes, cuts)))
 
     def new_adapter(self, lora: LoraConfig, seed: int) -> AdapterState:
         """A fresh adapter; equal seeds give equal values on every mesh."""

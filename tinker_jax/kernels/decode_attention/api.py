@@ -46,6 +46,8 @@ class Backend:
     """sinks_N is its fifth positional argument."""
     heads_axis: int
     """Axis of every array of the pool that holds the key heads."""
+    most_entries: int | None = None
+    """Of the tables of one call on one device; None: any number."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, s
         parts = sharding.parts(mesh, "kv_heads")
         ragged.check_heads(K if K % parts else K // parts, H, dtype)
         empty = functools.partial(ragged.empty_combined, H=H, dtype=dtype)
-        return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2)
+        return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2, most_entries=ragged.MOST_ENTRIES)
     if name == "cudnn":
         if platform != "gpu":
             raise NotImplementedError(f"cuDNN attention runs on NVIDIA GPUs, not on {platform!r}")

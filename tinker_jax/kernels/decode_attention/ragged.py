@@ -12,6 +12,8 @@ from tinker_jax.kernels.decode_attention.pages import PAGE, finite, places
 
 # Of one block of the kernel. Left to itself it asks the devices of this process, not those compiled for.
 _KEYS, _QUERIES = 512, 32
+MOST_ENTRIES = 1 << 17
+"""Of the tables of one call: the kernel keeps them in scalar memory, which on every TPU so far has 1 MiB."""
 
 
 class CombinedPages(NamedTuple):
@@ -70,7 +72,7 @@ def ragged_attend(
     R, T, N, H = q_RTNH.shape
     # The kernel wants T tokens of every row. Those behind the row's last one see pages that are not its own, and are dropped.
     lengths_R = jnp.maximum(positions_RT[:, 0], 0) + T
-    tables_RW = jnp.pad(tables_RW, [(0, 0), (0, -(-T // PAGE))])
+    tables_RW = jnp.pad(tables_RW, [(0, 0), (0, -(-(T - 1) // PAGE))])
     out = ragged_paged_attention(
         q_RTNH.reshape(R * T, N, H),
         pages.kv,
