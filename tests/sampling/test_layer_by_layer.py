@@ -114,7 +114,7 @@ def test_a_deeper_model_needs_no_more_programs():
     counts = []
     for depth in (2, 7):
         run, _ = runner(depth)
-        run.decode(adapter(depth), rows(2, 2), PLAIN)
+        run.read(run.decode(adapter(depth), rows(2, 2), PLAIN))
         counts.append(run.programs)
     assert counts[0] == counts[1]
 
@@ -125,7 +125,7 @@ def test_layer_by_layer_draws_what_the_whole_model_in_one_program_draws():
     cfg = dataclasses.replace(CONFIG, L=3)
     whole._model = WholeModel(cfg, params, whole._paged, 16, unstack=False)
     tree, some = adapter(), rows(4, 3)
-    one, other = run.decode(tree, some, DrawOptions(top=4)), whole.decode(tree, some, DrawOptions(top=4))
+    one, other = run.read(run.decode(tree, some, DrawOptions(top=4))), whole.read(whole.decode(tree, some, DrawOptions(top=4)))
     np.testing.assert_array_equal(one.count, [16, 16, 16, 0])
     np.testing.assert_array_equal(one.count, other.count)
     np.testing.assert_array_equal(one.tokens[:3], other.tokens[:3])
@@ -144,12 +144,12 @@ def test_a_chunk_ends_soon_after_its_last_row(monkeypatch):
     monkeypatch.setattr(Program, "__call__", counted)
     some = rows(2, 2)
     some.remaining[:] = 3
-    drawn = run.decode(adapter(), some, PLAIN)
+    drawn = run.read(run.decode(adapter(), some, PLAIN))
     np.testing.assert_array_equal(drawn.count, [3, 3])
     assert len(steps) == 3
     stops = rows(2, 2)
     stops.stop_ids[:, 0] = drawn.tokens[:, 0]
-    drawn = run.decode(adapter(), stops, PLAIN)
+    drawn = run.read(run.decode(adapter(), stops, PLAIN))
     np.testing.assert_array_equal(drawn.count, [1, 1])
     assert len(steps) == 3 + 2, "one step is on its way when the host hears of the stops"
 
@@ -158,10 +158,10 @@ def test_a_larger_batch_serves_until_the_right_one_is_worth_compiling():
     run, _ = runner()
     tree, sizes = adapter(), [2, 4, 8]
     assert run.shape_to_use(sizes, 1, tree, PLAIN) == (2, WIDTH), "nothing is there yet: it is compiled now"
-    run.decode(tree, rows(8, 8), PLAIN)
+    run.read(run.decode(tree, rows(8, 8), PLAIN))
     assert not run._seconds, "the time of a compilation is not that of a call"
     assert run.shape_to_use(sizes, 1, tree, PLAIN) == (8, WIDTH), "nothing is known of what it takes"
-    run.decode(tree, rows(8, 8), PLAIN)
+    run.read(run.decode(tree, rows(8, 8), PLAIN))
     (took,) = run._seconds
     run._seconds[took] = 0.8 * _WORTH  # of it three quarters for nothing
     assert run.shape_to_use(sizes, 1, tree, PLAIN) == (8, WIDTH)

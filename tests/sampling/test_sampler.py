@@ -65,7 +65,7 @@ def test_several_chunks_of_one_prompt_are_computed_in_one_call(sampler, monkeypa
     p = tokens_of(250, seed=1)
     calls = spy(monkeypatch, sampler._runner, "prefill")
     (response,) = run(sampler, ask(p, max_tokens=2, stop=[], prompt_logprobs=True))
-    ((_, chunks, _),) = calls
+    ((_, chunks, *_),) = calls
     assert [chunk.start for chunk in chunks if chunk] == [0, 64, 128, 192]
     check(model()[0], p, response)
 
@@ -74,7 +74,7 @@ def test_a_long_prompt_is_computed_in_long_chunks_and_what_is_left_in_short_ones
     p = tokens_of(320, seed=2)
     calls = spy(monkeypatch, sampler._runner, "prefill")
     (response,) = run(sampler, ask(p, max_tokens=2, stop=[], prompt_logprobs=True))
-    starts = [(T, [chunk.start for chunk in chunks if chunk]) for _, chunks, T in calls]
+    starts = [(T, [chunk.start for chunk in chunks if chunk]) for _, chunks, T, *_ in calls]
     assert starts == [(256, [0]), (64, [256])]
     check(model()[0], p, response)
 

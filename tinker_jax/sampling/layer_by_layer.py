@@ -87,8 +87,12 @@ class LayerByLayer:
         h_MD, pages = self._all_layers(h_MD, pages, jax.device_put(tables_RW), batch, adapter)
         return self._norm(self._ends, h_MD, batch.positions, shape=name), pages
 
-    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Drawn]:
-        """Up to `steps` tokens for every live row; the pool is donated. Ends early when no row is live."""
+    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Rows, Drawn]:
+        """Up to `steps` tokens for every live row; the pool is donated. Ends early when no row is live.
+
+        Returns:
+            The pool, the rows as they stand after it, without tables, and what they drew.
+        """
         self.prepare_decode(adapter, pages, rows, options)
         name = batch_name((rows.token.size, 1), adapter)
         longest, before = int(np.max(rows.remaining, where=rows.live, initial=1)), None
@@ -103,7 +107,7 @@ class LayerByLayer:
             if before is not None and not before:  # of the step before, so that the device always has the next one to do
                 break
             before = live
-        return pages, drawn
+        return pages, rows, drawn
 
     def prepare_prefill(
         self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any

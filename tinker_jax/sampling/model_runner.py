@@ -49,6 +49,25 @@ class Chunk:
     slot: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """A chunk of decode steps that the device has been given.
+
+    Attributes:
+        adapter: under which it runs.
+        rows: as they will stand after it.
+        drawn: what they will have drawn.
+        size: names its program.
+        begun: on the clock, or None where the program had to be compiled.
+    """
+
+    adapter: Adapter | None
+    rows: Rows
+    drawn: Drawn
+    size: str
+    begun: float | None
+
+
 class ModelRunner:
     """Keys and values of the running sequences, and the programs over them. The pool is donated to every program, never copied.
 
@@ -87,9 +106,15 @@ class ModelRunner:
         self._pool: Pages | None = None
         self._missed: collections.Counter[Hashable] = collections.Counter()
         self._seconds: dict[str, float] = {}  # that the last call of a size took
+        self._read = 0.0  # when the last call was read
         self._lost: dict[Hashable, float] = collections.defaultdict(float)  # by larger sizes in place of one
         self._make = Program(self._empty, "cache", static=["pages"])
         self._copy = Program(_copy_pages, "cache copy", donate=[0])
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Does the device work through a chunk without the host, which can give it the next one meanwhile?"""
+        return not self._by_layer
 
     @property
     def programs(self) -> int:
@@ -243,20 +268,26 @@ class ModelRunner:
         h_RTD, self._pool = self._model.prefill(adapter, self._pages, *batch)
         return h_RTD
 
-    def decode(self, adapter: Adapter | None, rows: Rows, options: DrawOptions) -> Drawn:
-        """Draws up to `STEPS` tokens for every live row; numpy arrays.
+    def decode(self, adapter: Adapter | None, rows: Rows, options: DrawOptions) -> Decoding:
+        """Has up to `STEPS` tokens drawn for every live row.
 
         Args:
             adapter: scaled adapters, side by side, or None.
-            rows: the rows; their tables have room for `STEPS` tokens more.
+            rows: the rows; their tables have room for `STEPS` tokens more. Also those of an earlier `Decoding`, with tables.
             options: of the program.
         """
         S, W = rows.table.shape
-        compiled, start = self._model.is_ready(S, W, adapter, options), time.perf_counter()
-        self._pool, drawn = self._model.decode(adapter, self._pages, rows, options)
-        drawn = jax.device_get(drawn)
-        if compiled:
-            self._seconds[batch_name(rows.token.shape, adapter)] = time.perf_counter() - start
+        compiled, begun = self._model.is_ready(S, W, adapter, options), time.perf_counter()
+        self._pool, after, drawn = self._model.decode(adapter, self._pages, rows, options)
+        size = batch_name(rows.token.shape, adapter)
+        return Decoding(adapter, after, drawn, size, begun if compiled else None)
+
+    def read(self, decoding: Decoding) -> Drawn:
+        """Waits for what was drawn; numpy arrays."""
+        drawn, now = jax.device_get(decoding.drawn), time.perf_counter()
+        if decoding.begun is not None:
+            self._seconds[decoding.size] = now - max(decoding.begun, self._read)
+        self._read = now
         return drawn
 
     def copy(self, pairs: Sequence[tuple[int, int, int]]) -> None:

@@ -15,6 +15,7 @@ import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.sampling.adapter_slots import AdapterSlots
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
-from tinker_jax.sampling.model_runner import Chunk, ModelRunner
+from tinker_jax.sampling.model_runner import STEPS, Chunk, Decoding, ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.requests import Request, parse
 from tinker_jax.sampling.scheduler import Scheduler
@@ -52,6 +53,16 @@ attend at twice the speed, short ones take what is left."""
 _CHUNKS_ACCELERATOR = {256: (1, 8)}
 _CHUNKS_DETERMINISTIC = {64: (8,)}
 _MOST_PREFILLS = 8  # calls between two decode chunks: many rows soon decode together, and none waits for a long prompt
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens that are being drawn for sequences, by their rows."""
+
+    places: dict[int, Sequence]
+    options: DrawOptions
+    width: int
+    decoding: Decoding
 
 
 class Sampler:
@@ -109,6 +120,7 @@ class Sampler:
         self._runner = ModelRunner(cfg, params, mesh, dtype, self._pages + 1, unstack, one_width=deterministic)
         self._scorer = Scorer(cfg, params)
         self._waiting: collections.deque[SequenceGroup] = collections.deque()
+        self._ahead: _Chunk | None = None  # what the device is drawing while the host looks at what it drew before
 
     @property
     def programs(self) -> int:
@@ -219,7 +231,7 @@ class Sampler:
                 most = self._runner.most_rows(self._sizes(0), width)
                 for rows, filters in itertools.product(self._sizes(0), (False, True)):
                     if rows <= most:
-                        self._runner.decode(tree, Rows.empty(rows, width), DrawOptions(filters=filters))
+                        self._runner.read(self._runner.decode(tree, Rows.empty(rows, width), DrawOptions(filters=filters)))
                 for T, count in ((T, count) for T, counts in self._chunks.items() for count in counts):
                     nothing = Chunk(np.zeros(0, np.int32), 0, (), (0, 0))
                     h_RTD = self._runner.prefill(tree, [nothing] * (count * parts), T, width)
@@ -250,6 +262,7 @@ class Sampler:
         self._decode()
         if self._scheduler.running or self.waiting:
             return True
+        self._ahead = None
         self._runner.forget_adapter()
         return False
 
@@ -400,15 +413,21 @@ class Sampler:
 
     def _decode(self) -> None:
         """One chunk of decode steps for every sequence that is ready, and what follows from it."""
-        for sequence in list(self._scheduler.running):
-            if sequence.ready:
-                self._scheduler.grow(sequence)
-        for batch in self._batches([sequence for sequence in self._scheduler.running if sequence.ready]):
-            self._decode_batch([sequence for sequence in batch if sequence.pages])  # those before may have failed it
+        if not self._ahead:
+            for sequence in list(self._scheduler.running):
+                if sequence.ready:
+                    self._scheduler.grow(sequence)
+        ready = [sequence for sequence in self._scheduler.running if sequence.ready]
+        chunks = [self._ahead] if self._ahead else filter(None, map(self._begin, self._batches(ready)))
+        for chunk in chunks:
+            self._ahead = self._begin_next(chunk)
+            self._take(chunk)
 
-    def _decode_batch(self, ready: list[Sequence]) -> None:
+    def _begin(self, ready: list[Sequence]) -> _Chunk | None:
+        """Has the next tokens of these drawn."""
+        ready = [sequence for sequence in ready if sequence.pages]  # a batch before this one may have ended it
         if not ready:
-            return
+            return None
         of_part, options = self._scheduler.by_part(ready), self._options(ready)
         try:
             adapter = self._scheduler.slots.tree()
@@ -419,11 +438,46 @@ class Sampler:
             rows = Rows.empty(size, width)
             for place, sequence in places.items():
                 self._scheduler.put(rows, place, sequence)
-            drawn = self._runner.decode(adapter, rows, options)
+            return _Chunk(places, options, width, self._runner.decode(adapter, rows, options))
         except Exception as error:
             self._lose_cache(error, {sequence.group for sequence in ready})
+            return None
+
+    def _begin_next(self, chunk: _Chunk) -> _Chunk | None:
+        """Has the tokens after those of a chunk drawn that is not read yet, so that the device does not wait for the host.
+
+        None where that could not be the next thing to do: something else waits, a sequence has joined, fewer rows would do, or
+        pages are scarce. A sequence that ends meanwhile is drawn on for nothing, into pages that nobody was given before that
+        was done, or into page 0.
+        """
+        places = {place: sequence for place, sequence in chunk.places.items() if sequence.pages}
+        going = [sequence for sequence in places.values() if sequence.remaining > STEPS]
+        if not self._runner.runs_ahead or self.waiting or len(places) < len(self._scheduler.running) or not going:
+            return None
+        size = len(chunk.decoding.rows.token)
+        if self._sizes(self._rows_of(going))[0] < size or not self._scheduler.grow_together(going, 2 * STEPS):
+            return None
+        try:
+            adapter = self._scheduler.slots.tree()
+            if adapter is not chunk.decoding.adapter or _longest(going) > chunk.width:
+                return None
+            table = np.zeros((size, chunk.width), np.int32)
+            for place, sequence in places.items():
+                table[place, : len(sequence.pages)] = sequence.pages
+            rows = chunk.decoding.rows._replace(table=table)
+            return _Chunk(places, chunk.options, chunk.width, self._runner.decode(adapter, rows, chunk.options))
+        except Exception as error:
+            self._lose_cache(error, {sequence.group for sequence in places.values()})
+            return None
+
+    def _take(self, chunk: _Chunk) -> None:
+        """Waits for the tokens of a chunk and takes them."""
+        try:
+            drawn = self._runner.read(chunk.decoding)
+        except Exception as error:
+            self._lose_cache(error, {sequence.group for sequence in chunk.places.values()})
             return
-        for place, sequence in places.items():
+        for place, sequence in chunk.places.items():
             if sequence.pages:  # the failure of one sample ends the request's other rows
                 self._take_tokens(sequence, place, drawn)
 
@@ -475,7 +529,7 @@ class Sampler:
 
         Programs get the pools donated, so after a failure of one nothing in them can be trusted.
         """
-        pages = self._pages
+        pages, self._ahead = self._pages, None
         if not (memory.is_out_of_memory(error) and self._make_room()):
             self._fail(groups, error)
         self._scheduler.forget(self._pages)

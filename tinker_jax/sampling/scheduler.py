@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
@@ -161,6 +161,16 @@ class Scheduler:
             self.preempt(max((s for s in self.running if s.part == sequence.part), key=lambda s: s.order))
         if sequence.pages and lack > 0:
             sequence.pages += pool.take(lack)
+
+    def grow_together(self, sequences: Iterable[Sequence], tokens: int) -> bool:
+        """Pages for so many tokens more of each, if all of them are free; else nothing changes."""
+        lacks = {s: max(0, pages_for(s.computed + min(tokens, s.remaining)) - len(s.pages)) for s in sequences}
+        for part, pool in enumerate(self._pools):
+            if sum(lack for s, lack in lacks.items() if s.part == part) > pool.available:
+                return False
+        for sequence, lack in lacks.items():
+            sequence.pages += self._pools[sequence.part].take(lack)
+        return True
 
     def remember(self, sequence: Sequence) -> None:
         """Tells the pool what a sequence's full pages hold."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.kernels.linear_cross_entropy import head_logits
 from tinker_jax.lora import Adapter, joined
@@ -30,6 +31,7 @@ class WholeModel:
 
     def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int, unstack: bool) -> None:
         self._cfg, self._params, self._paged, self._steps, self._unstack = cfg, params, paged, steps, unstack
+        self._everywhere = sharding.replicated(paged.mesh)
         self._prefill = Program(self.prefill_program, "prefill", donate=[2])
         self._decode = Program(self.decode_program, "decode", static=["top"], donate=[2])
 
@@ -45,8 +47,13 @@ class WholeModel:
         args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
         return self._prefill(*args, shape=batch_name(tokens_RT.shape, adapter, tables_RW.shape[1]))
 
-    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Drawn]:
-        """Up to `steps` tokens for every live row; the pool is donated. The program always has the filters."""
+    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Rows, Drawn]:
+        """Up to `steps` tokens for every live row; the pool is donated. The program always has the filters.
+
+        Returns:
+            The pool, the rows as they will stand after it, and what they will have drawn; nothing is waited for.
+        """
+        rows = jax.device_put(rows, self._everywhere)  # as the program returns them: the same program takes these
         shape = batch_name(rows.token.shape, adapter, rows.table.shape[1])
         return self._decode(self._params, adapter, pages, rows, top=options.top, shape=shape)
 
@@ -60,6 +67,7 @@ class WholeModel:
     def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> None:
         """Has what decoding such rows needs compiled on another thread."""
         shape = batch_name(rows.token.shape, adapter, rows.table.shape[1])
+        rows = jax.device_put(rows, self._everywhere)
         self._decode.prepare(self._params, adapter, pages, rows, top=options.top, shape=shape)
 
     def is_ready(self, S: int, W: int, adapter: Adapter | None, options: DrawOptions) -> bool:
@@ -107,5 +115,5 @@ class WholeModel:
             return step + 1, pages, rows, drawn
 
         start = jnp.int32(0), pages, rows, jax.tree.map(jnp.asarray, nothing_drawn(rows.token.shape[0], self._steps, top))
-        _, pages, _, drawn = jax.lax.while_loop(unfinished, one_step, start)
-        return pages, drawn
+        _, pages, rows, drawn = jax.lax.while_loop(unfinished, one_step, start)
+        return pages, jax.lax.with_sharding_constraint(rows, self._everywhere), drawn
