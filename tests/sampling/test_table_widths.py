@@ -75,3 +75,11 @@ def test_rows_that_do_not_fit_one_call_are_decoded_in_several(narrow, monkeypatc
     assert (4, MOST) in shapes(decoded), "the longest four of eight"
     for ours, theirs in zip(responses, expected, strict=True):
         same(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_prompt_of_32768_tokens_is_scored_and_continued_as_by_the_model():
+    prompt, sampler = tokens_of(32_768), make(context_length=33_000, pages=600)
+    assert sampler._runner.widths == [128, 516]
+    (response,) = finish(sampler, submit(sampler, ask(prompt, max_tokens=8, seed=0, stop=[], prompt_logprobs=True)))
+    check(model()[0], prompt, response, atol=1e-4)
