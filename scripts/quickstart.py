@@ -74,6 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
 
+    print("Two examples; on two cores they take about two minutes.\n")
     print(f"1. Pig Latin: {args.model} has never seen it. LoRA of rank 32 on made-up words.")
     sft = sft_pig_latin.run(args.model, report=progress())
     knew, knows = sft_pig_latin.right(sft["before"]), sft_pig_latin.right(sft["after"])
