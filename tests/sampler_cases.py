@@ -10,6 +10,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 import torch
 
@@ -64,6 +65,13 @@ def make(family="qwen3", *, mesh=None, pages=1024, deterministic=False, stop_ids
         decode_text=decode_text,
         deterministic=deterministic,
     )
+
+
+def device_alone(**settings):
+    """`make`, with programs that cover the whole model, as on an accelerator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "on_default_cpu", lambda mesh: False)
+        return make(**settings)
 
 
 @cache

@@ -2,17 +2,9 @@
 
 import jax
 import pytest
-from sampler_cases import FEW, adapter, ask, check, finish, make, model, same, shared, submit, tokens_of
+from sampler_cases import FEW, adapter, ask, check, device_alone, finish, model, same, shared, submit, tokens_of
 
-from tinker_jax import sharding
 from tinker_jax.sampling.model_runner import STEPS
-
-
-def device_alone(**settings):
-    """A sampler whose programs cover the whole model, as on an accelerator."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "on_default_cpu", lambda mesh: False)
-        return make(**settings)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A device with too little memory while sampling: fewer rows at once, then a smaller cache; nobody fails for another's size."""
 
+import itertools
 import logging
 
 import jax
@@ -8,7 +9,7 @@ from sampler_cases import (
     CONTEXT,
     adapter,
     ask,
-    assert_idle,
+    device_alone,
     finish,
     make,
     next_weights,
@@ -52,16 +53,28 @@ def calm():
 
 @pytest.fixture
 def sampler(monkeypatch):
-    """The shared one, with sizes whose halves compile little; what it learns about its device is forgotten."""
-    sampler = shared()
+    return frugal(shared(), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return device_alone()
+
+
+@pytest.fixture
+def on_device(accelerator, monkeypatch):
+    return frugal(accelerator, monkeypatch)
+
+
+def frugal(sampler, monkeypatch):
+    """With sizes whose halves compile little; what it learns about its device is forgotten after the test."""
     for owner, name, value in (
         (sampler, "_rows", [8, 16]),
         (sampler, "_chunks", {64: [4, 8]}),
         (sampler._scheduler, "most_rows", 16),
     ):
         monkeypatch.setattr(owner, name, value)
-    yield sampler
-    assert_idle(sampler)
+    return sampler
 
 
 def pool_pages(sampler):
@@ -91,6 +104,34 @@ def test_whatever_program_finds_no_room_every_result_is_what_it_would_have_been(
         count = failing(patch, name, calls)
         responses = finish(sampler, *submit_all(sampler))
     assert count[0] > max(calls)
+    for response, expected in zip(responses, calm, strict=True):
+        same(response, expected)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("prefill", {0}), ("decode", {0}), ("decode", {1}), ("decode", {2})])
+def test_a_program_over_the_whole_model_that_finds_no_room_changes_no_result(on_device, calm, monkeypatch, name, calls):
+    on_device._runner.release()
+    with monkeypatch.context() as patch:
+        count = failing(patch, name, calls)
+        responses = finish(on_device, *submit_all(on_device))
+    assert count[0] > max(calls)
+    for response, expected in zip(responses, calm, strict=True):
+        same(response, expected)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_room_that_is_missed_when_a_chunk_is_read_changes_no_result(on_device, calm, monkeypatch, at):
+    read, count = on_device._runner.read, itertools.count()
+
+    def fail(decoding):
+        if next(count) == at:
+            raise OUT_OF_MEMORY
+        return read(decoding)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on_device._runner, "read", fail)
+        responses = finish(on_device, *submit_all(on_device))
+    assert next(count) > at
     for response, expected in zip(responses, calm, strict=True):
         same(response, expected)
 
