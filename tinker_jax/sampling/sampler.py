@@ -275,6 +275,7 @@ class Sampler:
         for group in self._groups():
             group.future.cancel()
         self._discard(self._groups())
+        self._ahead = None
         self._runner.close()
 
     # -- admission ---------------------------------------------------------------------------------------------------
