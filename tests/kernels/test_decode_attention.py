@@ -1,6 +1,7 @@
 """Every backend of attention over pages equals the plain formula."""
 
 import functools
+import inspect
 import logging
 from types import SimpleNamespace
 
@@ -411,6 +412,10 @@ def test_paged_cudnn_needs_the_private_function_as_it_was(monkeypatch):
     assert paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16).backend.attend is cudnn.cudnn_attend
     monkeypatch.setattr(module, "_dot_product_attention", lambda query, key, value, page_table_k, page_table_v: None)
     with pytest.raises(NotImplementedError, match="no bias, cudnn_version, dropout_rate"):
+        paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "cudnn")
+    known = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in (*cudnn._PARAMETERS, *cudnn._NEWER, "other")]
+    module._dot_product_attention.__signature__ = inspect.Signature(known)
+    with pytest.raises(NotImplementedError, match="it wants other"):
         paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "cudnn")
 
 

@@ -86,4 +86,4 @@ def segments(segment_ids_BT: jax.Array, M: int) -> tuple[jax.Array, jax.Array, j
 
 
 def _private() -> Any:
-    return private("dot_product_attention", _KEYWORDS, 90600)
+    return private("dot_product_attention", {"query", "key", "value", *_KEYWORDS}, 90600)

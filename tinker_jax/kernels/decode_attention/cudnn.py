@@ -7,6 +7,7 @@ This file is the only one that touches it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ _PARAMETERS = (
     *("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length", "cudnn_version"),
     "return_residual",
 )
+_NEWER = {"score_mod_args": (), "score_mod": None}  # parameters since jax 0.12.0.1
 _MOST_ERROR = 0.05  # relative; bfloat16 stays below 0.01, a wrong key or mask is far above
 
 
@@ -97,14 +99,15 @@ def _paged(
     module, none, tables_R1W1 = _private(), jnp.zeros(0, q_RNTH.dtype), tables_RW[:, None, :, None]
     arrays = q_RNTH, k_PNSH, v_PNSH, none, queries_R, keys_R, none, none, tables_R1W1, tables_R1W1
     seed, dropout, bias, layout = 0, 0.0, (False, False), module.AttentionLayout.BNTH.value
-    out = module._dot_product_attention(
-        *arrays, scale, seed, dropout, bias, module.MaskType.PADDING, layout, None, module.check_cudnn_version(), False
-    )
+    options = scale, seed, dropout, bias, module.MaskType.PADDING, layout, None, module.check_cudnn_version(), False
+    given = dict(zip(_PARAMETERS, (*arrays, *options), strict=True))
+    known = inspect.signature(module._dot_product_attention).parameters
+    out = module._dot_product_attention(**given, **{name: value for name, value in _NEWER.items() if name in known})
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def _private() -> Any:
-    return private("_dot_product_attention", _PARAMETERS, 90500)
+    return private("_dot_product_attention", _PARAMETERS, 90500, optional=_NEWER)
 
 
 @functools.cache
