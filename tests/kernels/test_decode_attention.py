@@ -9,10 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PAGE, PagedAttention, api, cudnn, paged_attention_on, ragged, worklist, xla
+from tinker_jax.kernels.decode_attention import (
+    PAGE,
+    PagedAttention,
+    api,
+    cudnn,
+    mosaic,
+    paged_attention_on,
+    ragged,
+    self_check,
+    worklist,
+    xla,
+)
+from tinker_jax.kernels.decode_attention.pages import empty_rows, write_rows
 
 
 class Batch:
@@ -292,6 +305,12 @@ class TestWorklist(PagedTests):
         assert read(1, slice(0, 1), None) and not read(1, slice(1, None), None)
 
 
+def over_rows(batch, attend, axes=None):
+    """Attention of a GPU's kernel, over pages whose keys lie as values do."""
+    empty = functools.partial(empty_rows, H=batch.heads[2], dtype=batch.dtype)
+    return PagedAttention(sharding.make_mesh(axes), api.Backend(empty, write_rows, attend, heads_axis=1), batch.heads[1])
+
+
 def paged_formula(q_RNTH, k_PNSH, v_PNSH, queries_R, keys_R, tables_RW, scale):
     """What cuDNN's operation computes; what lies behind a row's queries is left to chance."""
     k, v = (x[tables_RW].swapaxes(1, 2).reshape(len(tables_RW), x.shape[1], -1, x.shape[3]) for x in (k_PNSH, v_PNSH))
@@ -313,24 +332,92 @@ class TestAroundCudnn(PagedTests):
 
     def paged(self, batch, axes=None):
         def attend(*arrays, **more):
-            way = cudnn.cudnn_attend if arrays[4] is None else functools.partial(xla.xla_attend, keys_as_rows=True)
-            return way(*arrays, **more)
+            return (cudnn.cudnn_attend if arrays[4] is None else xla.rows_attend)(*arrays, **more)
 
-        empty = functools.partial(cudnn.empty_rows, H=batch.heads[2], dtype=batch.dtype)
-        backend = api.Backend(empty, cudnn.write_rows, attend, heads_axis=1)
-        return PagedAttention(sharding.make_mesh(axes), backend, batch.heads[1])
+        return over_rows(batch, attend, axes)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the Mosaic kernel in JAX's interpreter of GPU kernels, on a CPU."""
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip(f"jax {jax.__version__} has no interpreter of GPU kernels")
+    monkeypatch.setattr(mosaic, "_PROGRAMS", 16)  # each takes milliseconds
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+class InterpretedMosaic:
+    def paged(self, batch, axes=None):
+        return over_rows(batch, mosaic.mosaic_attend, axes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicInterpreted(InterpretedMosaic, PagedTests):
+    """Prefills are XLA's."""
+
+    def test_every_device_of_a_mesh_takes_its_rows_and_the_heads_that_divide(self):
+        pytest.skip("JAX's interpreter of GPU kernels runs one device at a time")
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestPartsOfMosaic(InterpretedMosaic):
+    tolerance, check = PagedTests.tolerance, PagedTests.check
+
+    @pytest.mark.parametrize("heads", [(4, 1, 64), (12, 1, 64), (2, 1, 128), (1, 1, 256)])
+    def test_rows_of_several_parts_equal_the_formula(self, heads):
+        least = mosaic._LEAST_PAGES * PAGE
+        batch = Batch([2 * least + 70, 0, least, least + 1], 1, heads, dtype=jnp.bfloat16)
+        self.check(batch, window=least + 3, sinks_N=jnp.linspace(-2, 3, heads[0]))
+
+    def test_other_rows_and_wider_tables_change_no_bit_of_a_row(self):
+        batch = Batch([700, 70, 300, 0], 1)
+        out = batch.run(self.paged(batch))
+        other = batch.take([3, 0, 2, 0])
+        other.tables = np.pad(other.tables, [(0, 0), (0, 7)])
+        np.testing.assert_array_equal(other.run(self.paged(batch)), out[[3, 0, 2, 0]])
+
+    def test_only_pages_that_a_row_sees_are_read(self):
+        batch = Batch([6 * PAGE, PAGE], 1)
+        read = functools.partial(poisoned_page_is_read, self.paged(batch), batch)
+        assert read(0, slice(5, 6), None) and not read(1, slice(1, None), None)
+        assert read(0, slice(4, 5), 2 * PAGE) and not read(0, [*range(4), 6], 2 * PAGE)
+
+
+class OnGpu:
+    """Compared with the plain formula on the same GPU, both in bfloat16."""
+
+    implementation: api.Implementation
+
+    def run(self, lengths, T=1, heads=(32, 8, 128), **more):
+        batch = Batch(lengths, T, heads, dtype=jnp.bfloat16)
+        out = batch.run(on(batch, self.implementation), **more)
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_allclose(out, batch.formula(**more), rtol=0, atol=0.02)
+        return batch, out
+
+    def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self):
+        batch, out = self.run([1000, 64, 65, 700, 1, 333, 2, 900])
+        for order in ([0, 4, 4, 4, 4, 4, 4, 4], [3, 2, 1, 0, 7, 6, 5, 4], [7, 7, 7, 7, 7, 7, 7, 0]):
+            np.testing.assert_array_equal(batch.take(order).run(on(batch, self.implementation)), out[np.asarray(order)])
 
 
 @pytest.mark.gpu
-class TestCudnn:
-    """Compared with the plain formula on the same GPU, both in bfloat16."""
+class TestMosaic(OnGpu):
+    implementation = "mosaic"
 
-    def run(self, lengths, T=1, heads=(32, 8, 128), window=None):
-        batch = Batch(lengths, T, heads, dtype=jnp.bfloat16)
-        out = batch.run(on(batch, "cudnn"), window=window)
-        with jax.default_matmul_precision("highest"):
-            np.testing.assert_allclose(out, batch.formula(window=window), rtol=0, atol=0.02)
-        return batch, out
+    @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (64, 8, 64), (9, 3, 64), (6, 1, 256)])
+    @pytest.mark.parametrize("lengths", [EDGES, [0, 5, 0, 200], [0, 0], [1 + 17 * i for i in range(37)], [20_000]])
+    @pytest.mark.parametrize("window", [None, PAGE + 1])
+    def test_equals_the_formula(self, lengths, heads, window):
+        self.run(lengths, heads=heads, window=window)
+        self.run(lengths, heads=heads, window=window, sinks_N=jnp.linspace(-2, 3, heads[0]))
+
+
+@pytest.mark.gpu
+class TestCudnn(OnGpu):
+    implementation = "cudnn"
 
     @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (4, 4, 64), (9, 3, 64), (6, 1, 256), (4, 2, 8)])
     @pytest.mark.parametrize("lengths", [EDGES, [0, 5, 0, 200], [0, 0], [1 + 17 * i for i in range(37)]])
@@ -341,13 +428,8 @@ class TestCudnn:
     def test_what_goes_through_xla_equals_the_formula(self, T, window):
         self.run([*EDGES, 0], T, window=window)
 
-    def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self):
-        batch, out = self.run([1000, 64, 65, 700, 1, 333, 2, 900])
-        for order in ([0, 4, 4, 4, 4, 4, 4, 4], [3, 2, 1, 0, 7, 6, 5, 4], [7, 7, 7, 7, 7, 7, 7, 0]):
-            np.testing.assert_array_equal(batch.take(order).run(on(batch, "cudnn")), out[np.asarray(order)])
-
     def test_passes_its_self_check(self):
-        assert cudnn._fault((32, 8, 128), "bfloat16") is None
+        assert self_check.fault(cudnn.cudnn_attend, (32, 8, 128), "bfloat16") is None
 
     def test_is_what_a_gpu_takes(self):
         chosen = paged_attention_on(sharding.make_mesh(), (32, 8, 128), jnp.bfloat16)
@@ -364,7 +446,8 @@ def test_the_ragged_kernel_is_given_what_it_wants(lengths, T, window, monkeypatc
 
     monkeypatch.setattr(ragged, "ragged_paged_attention", stand_in)
     batch = Batch(lengths, T, (4, 2, 128))
-    paged = PagedAttention(sharding.make_mesh(), api._backend("ragged", mesh_of("tpu"), batch.heads, batch.dtype, False), 2)
+    backend = api._backend("ragged", mesh_of("tpu"), batch.heads, batch.dtype, sinks=False, windows=False)
+    paged = PagedAttention(sharding.make_mesh(), backend, 2)
     out = attended(paged, batch.pages, *map(jnp.asarray, batch.arrays()), window=window)
     np.testing.assert_allclose(out, batch.formula(window=window), rtol=0, atol=1e-5)
 
@@ -372,8 +455,9 @@ def test_the_ragged_kernel_is_given_what_it_wants(lengths, T, window, monkeypatc
 # ---- choosing ----
 
 
-def mesh_of(platform):
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), size=1, shape=sharding.make_mesh().shape)
+def mesh_of(platform, **more):
+    device = SimpleNamespace(platform=platform, **more)
+    return SimpleNamespace(devices=np.array([device]), size=1, shape=sharding.make_mesh().shape)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +489,57 @@ def test_paged_cudnn_says_what_it_cannot_do(platform, heads, dtype, more, reason
         paged_attention_on(mesh_of(platform), heads, dtype, "cudnn", **more)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "heads", "dtype", "reason"),
+    [
+        (mesh_of("tpu"), (32, 8, 128), jnp.bfloat16, "not on 'tpu'"),
+        (mesh_of("gpu", compute_capability="8.9"), (32, 8, 128), jnp.bfloat16, "9.0 .Hopper., the GPU has 8.9"),
+        (mesh_of("gpu"), (32, 8, 128), jnp.float64, "not float64"),
+        (mesh_of("gpu"), (32, 8, 96), jnp.bfloat16, "not 96 in bfloat16"),
+        (mesh_of("gpu"), (32, 8, 256), jnp.float32, "not 256 in float32"),
+    ],
+)
+def test_the_mosaic_kernel_says_what_it_cannot_do(mesh, heads, dtype, reason, monkeypatch):
+    monkeypatch.setattr(mosaic, "_JAX", (0, 0))
+    with pytest.raises(NotImplementedError, match=reason):
+        paged_attention_on(mesh, heads, dtype, "mosaic")
+
+
+def test_the_mosaic_kernel_says_which_jax_it_needs(monkeypatch):
+    monkeypatch.setattr(mosaic, "_JAX", (99, 1))
+    with pytest.raises(NotImplementedError, match=f"needs jax 99.1, found {jax.__version__}"):
+        paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "mosaic")
+
+
+def test_a_mosaic_kernel_that_is_wrong_on_the_device_is_passed_over(monkeypatch):
+    def zeros(pages, q, *rest, **more):
+        return jnp.zeros_like(q)
+
+    monkeypatch.setattr(mosaic, "_JAX", (0, 0))
+    monkeypatch.setattr(mosaic, "mosaic_attend", zeros)
+    with pytest.raises(NotImplementedError, match="self-check: it differs from the plain formula"):
+        mosaic.check((4, 2, 64), jnp.bfloat16, None, on_this_device=True)
+    monkeypatch.setattr(mosaic, "mosaic_attend", xla.rows_attend)
+    mosaic.check((4, 2, 64), jnp.bfloat16, None, on_this_device=True)
+
+
+def test_gpus_leave_to_mosaic_what_cudnn_has_not(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(mosaic, "_JAX", (0, 0))
+
+    def chosen(dtype=jnp.bfloat16, **more):
+        return paged_attention_on(mesh_of("gpu"), (64, 8, 64), dtype, **more).backend.attend
+
+    assert chosen() is cudnn.cudnn_attend
+    assert chosen(sinks=True) is chosen(jnp.float32) is mosaic.mosaic_attend
+    mixed = chosen(windows=True)
+    assert mixed.func is cudnn.cudnn_attend and mixed.keywords == {"otherwise": mosaic.mosaic_attend}
+    monkeypatch.setattr(mosaic, "_JAX", (99, 1))
+    assert chosen(windows=True).keywords == {"otherwise": xla.rows_attend}
+
+
 def test_paged_cudnn_needs_the_private_function_as_it_was(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as module
 
@@ -420,15 +555,15 @@ def test_paged_cudnn_needs_the_private_function_as_it_was(monkeypatch):
 
 
 def test_paged_cudnn_that_is_wrong_on_the_device_is_passed_over(monkeypatch):
-    cudnn._fault.cache_clear()
+    self_check.fault.cache_clear()
     monkeypatch.setattr(cudnn, "_private", lambda: None)
     monkeypatch.setattr(cudnn, "_paged", lambda q, *rest: q)
     with pytest.raises(NotImplementedError, match="self-check: it differs from the plain formula"):
         cudnn.check((4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
-    cudnn._fault.cache_clear()
+    self_check.fault.cache_clear()
     monkeypatch.setattr(cudnn, "_paged", paged_formula)
     cudnn.check((4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
-    cudnn._fault.cache_clear()
+    self_check.fault.cache_clear()
 
 
 def test_a_backend_that_cannot_do_the_case_is_passed_over_and_logged_once(caplog):
@@ -445,4 +580,4 @@ def test_each_platform_gets_its_best():
 
     assert chosen("tpu") is ragged.ragged_attend
     assert chosen("cpu") is worklist.worklist_attend
-    assert paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.float32).backend.attend is xla.xla_attend
+    assert paged_attention_on(mesh_of("gpu"), (32, 8, 100), jnp.float32).backend.attend is xla.xla_attend

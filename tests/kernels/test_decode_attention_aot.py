@@ -9,15 +9,15 @@ import pytest
 from jax.experimental import topologies
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PAGE, paged_attention_on
+from tinker_jax.kernels.decode_attention import PAGE, mosaic, paged_attention_on
 
 HEADS = (32, 8, 128)  # of Qwen3-8B
 
 
-def lower_steps(mesh, R, T, tokens):
+def lower_steps(mesh, R, T, tokens, heads=HEADS, implementation=None, window=None, sinks=False):
     """Eight steps of R rows with tables of so many tokens, over a donated pool that holds them all; and the pool."""
-    paged = paged_attention_on(mesh, HEADS, jnp.bfloat16)
-    (N, K, H), W, parts = HEADS, tokens // PAGE, sharding.parts(mesh, "rows")
+    paged = paged_attention_on(mesh, heads, jnp.bfloat16, implementation, sinks=sinks)
+    (N, K, H), W, parts = heads, tokens // PAGE, sharding.parts(mesh, "rows")
     cut = K % mesh.shape["tensor"] == 0
 
     def abstract(shape, dtype, axes):
@@ -31,10 +31,12 @@ def lower_steps(mesh, R, T, tokens):
     tables, positions = (abstract((R, n), jnp.int32, ("rows",)) for n in (W, T))
 
     def steps(pool, q, k, v, tables, positions):
+        sinks_N = jnp.linspace(-2, 3, N) if sinks else None
+
         def one(i, carry):
             pool, q = carry
             pool = paged.write(pool, k, v, tables, positions + i)
-            return pool, paged.attend(pool, q, tables, positions + i, scale=H**-0.5)
+            return pool, paged.attend(pool, q, tables, positions + i, scale=H**-0.5, window=window, sinks_N=sinks_N)
 
         return jax.lax.fori_loop(0, 8, one, (pool, q))
 
@@ -63,15 +65,41 @@ def test_decode_and_prefill_of_qwen3_8b_hold_the_ragged_kernel_and_leave_the_poo
     check_pool_stays(compiled, pool, mesh.size)
 
 
-@pytest.mark.gpu_aot
-@pytest.mark.timeout(3000)
-def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(monkeypatch):
+@pytest.fixture
+def h200(monkeypatch):
+    """Mesh of one H200."""
     pytest.importorskip("jax_cuda13_plugin")
     monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    mesh = aot.mesh_of(
-        topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices, (1, 1, 1)
-    )
-    lowered, pool = lower_steps(mesh, 64, 1, 4096)
+    devices = topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices
+    return aot.mesh_of(devices, (1, 1, 1))
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.timeout(3000)
+def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(h200):
+    lowered, pool = lower_steps(h200, 64, 1, 4096)
     compiled = lowered.compile()
     assert "__cudnn$fmhaSoftmax" in compiled.as_text()
+    check_pool_stays(compiled, pool, 1)
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("heads", "more"),
+    [
+        (HEADS, {}),
+        ((16, 8, 128), {}),  # Qwen3-0.6B
+        ((64, 8, 64), {"sinks": True}),  # gpt-oss-20b, every second layer
+        ((64, 8, 64), {"sinks": True, "window": 128}),
+    ],
+)
+@pytest.mark.parametrize("R", [1, 64])
+def test_the_mosaic_kernel_compiles_for_an_h200_and_leaves_the_pool_in_place(heads, more, R, h200):
+    if jax.__version_info__[:2] < mosaic._JAX:
+        pytest.skip(f"jax {jax.__version__} is too old for the kernel")
+    lowered, pool = lower_steps(h200, R, 1, 16_384, heads, "mosaic", **more)
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    assert "mosaic_gpu" in text and "paged_decode_attention" in text
     check_pool_stays(compiled, pool, 1)

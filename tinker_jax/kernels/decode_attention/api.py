@@ -15,19 +15,19 @@ from jax.sharding import PartitionSpec as P
 
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import cudnn
-from tinker_jax.kernels.decode_attention.pages import empty_pages, write_pages
+from tinker_jax.kernels.decode_attention.pages import empty_pages, empty_rows, write_pages, write_rows
 from tinker_jax.kernels.decode_attention.reference import reference_attend
 from tinker_jax.kernels.decode_attention.worklist import worklist_attend
-from tinker_jax.kernels.decode_attention.xla import xla_attend
+from tinker_jax.kernels.decode_attention.xla import rows_attend, xla_attend
 
 logger = logging.getLogger("tinker_jax")
 
-Implementation = Literal["ragged", "cudnn", "worklist", "xla", "reference"]
+Implementation = Literal["ragged", "cudnn", "mosaic", "worklist", "xla", "reference"]
 
 #: What is tried on a platform, best first. The last one takes every case.
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "tpu": ("ragged", "xla"),
-    "gpu": ("cudnn", "xla"),
+    "gpu": ("cudnn", "mosaic", "xla"),
     "cpu": ("worklist",),
 }
 
@@ -148,7 +148,13 @@ class PagedAttention:
 
 
 def paged_attention_on(
-    mesh: Mesh, heads: Heads, dtype: jnp.dtype, implementation: Implementation | None = None, *, sinks: bool = False
+    mesh: Mesh,
+    heads: Heads,
+    dtype: jnp.dtype,
+    implementation: Implementation | None = None,
+    *,
+    sinks: bool = False,
+    windows: bool = False,
 ) -> PagedAttention:
     """Attention over pages for programs of a mesh.
 
@@ -163,7 +169,9 @@ def paged_attention_on(
             `"worklist"` loops over the pages that rows see, a few at a time: for CPUs.
             `"ragged"` is the Pallas kernel that ships with JAX, for TPUs.
             `"cudnn"` is NVIDIA's, for decoding; on a GPU that is there it first has to agree with the plain formula.
+            `"mosaic"` is a Pallas kernel of ours for decoding on NVIDIA GPUs, with windows and sinks; it has to agree, too.
         sinks: will `attend` be given attention sinks?
+        windows: will it be given windows, in some layers or in all? cuDNN, which has none, leaves those layers to `"mosaic"`.
 
     Raises:
         NotImplementedError: the named implementation cannot do the case; the text says why.
@@ -172,10 +180,10 @@ def paged_attention_on(
     *others, last = PREFERENCE[platform] if implementation is None else (implementation,)
     for name in others:
         try:
-            return PagedAttention(mesh, _backend(name, mesh, heads, dtype, sinks), heads[1])
+            return PagedAttention(mesh, _backend(name, mesh, heads, dtype, sinks=sinks, windows=windows), heads[1])
         except NotImplementedError as reason:
             _log_fallback(name, str(reason))
-    return PagedAttention(mesh, _backend(last, mesh, heads, dtype, sinks), heads[1])
+    return PagedAttention(mesh, _backend(last, mesh, heads, dtype, sinks=sinks, windows=windows), heads[1])
 
 
 @functools.cache  # once for each reason
@@ -183,26 +191,42 @@ def _log_fallback(name: str, reason: str) -> None:
     logger.warning("attention over pages: %s is not used: %s", name, reason)
 
 
-def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, sinks: bool) -> Backend:
-    platform, (N, K, H) = mesh.devices.flat[0].platform, heads
+def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, *, sinks: bool, windows: bool) -> Backend:
+    device, (N, K, H), parts = mesh.devices.flat[0], heads, sharding.parts(mesh, "kv_heads")
+    own = heads if K % parts else (N // parts, K // parts, H)
     if name == "ragged":
-        if platform != "tpu":
-            raise NotImplementedError(f"ragged paged attention runs on TPUs, not on {platform!r}")
+        if device.platform != "tpu":
+            raise NotImplementedError(f"ragged paged attention runs on TPUs, not on {device.platform!r}")
         if sinks:
             raise NotImplementedError("ragged paged attention has no attention sinks")
         from tinker_jax.kernels.decode_attention import ragged  # Pallas is slow to import
 
-        parts = sharding.parts(mesh, "kv_heads")
-        ragged.check_heads(K if K % parts else K // parts, H, dtype)
+        ragged.check_heads(own[1], H, dtype)
         empty = functools.partial(ragged.empty_combined, H=H, dtype=dtype)
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2, most_entries=ragged.MOST_ENTRIES)
-    if name == "cudnn":
-        if platform != "gpu":
-            raise NotImplementedError(f"cuDNN attention runs on NVIDIA GPUs, not on {platform!r}")
-        parts = sharding.parts(mesh, "kv_heads")
-        here = mesh.devices.flat[0] in jax.devices()
-        cudnn.check((N, K, H) if K % parts else (N // parts, K // parts, H), dtype, sinks=sinks, on_this_device=here)
-        empty = functools.partial(cudnn.empty_rows, H=H, dtype=dtype)
-        return Backend(empty, cudnn.write_rows, cudnn.cudnn_attend, heads_axis=1)
+    if name in ("cudnn", "mosaic"):
+        if device.platform != "gpu":
+            raise NotImplementedError(f"{name} attention runs on NVIDIA GPUs, not on {device.platform!r}")
+        here = device in jax.devices()
+        if name == "cudnn":
+            cudnn.check(own, dtype, sinks=sinks, on_this_device=here)
+            attend = cudnn.cudnn_attend
+            if windows:
+                attend = functools.partial(attend, otherwise=_windowed(mesh, heads, dtype))
+        else:
+            from tinker_jax.kernels.decode_attention import mosaic  # Pallas is slow to import
+
+            mosaic.check(own, dtype, getattr(device, "compute_capability", None), on_this_device=here)
+            attend = mosaic.mosaic_attend
+        return Backend(functools.partial(empty_rows, H=H, dtype=dtype), write_rows, attend, heads_axis=1)
     attend = {"worklist": worklist_attend, "xla": xla_attend, "reference": reference_attend}[name]
     return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)
+
+
+def _windowed(mesh: Mesh, heads: Heads, dtype: jnp.dtype) -> Callable[..., jax.Array]:
+    """What takes the layers with windows, which cuDNN has not, from cuDNN's pool."""
+    try:
+        return _backend("mosaic", mesh, heads, dtype, sinks=False, windows=True).attend
+    except NotImplementedError as reason:
+        _log_fallback("mosaic", str(reason))
+        return rows_attend

@@ -49,6 +49,17 @@ def write_pages(pages: Pages, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: j
     return Pages(k, pages.v.at[page_RT, :, place_RT].set(finite(v_RTKH)))
 
 
+def empty_rows(pages: int, K: int, H: int, dtype: jnp.dtype) -> Pages:
+    """Zeroed pool of a GPU's kernels, whose keys lie as values do, [P, K, PAGE, H]."""
+    return Pages(*(jnp.zeros((pages, K, PAGE, H), dtype) for _ in range(2)))
+
+
+def write_rows(pages: Pages, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Pages:
+    """See `PagedAttention.write`; for pools of `empty_rows`."""
+    page_RT, place_RT = places(tables_RW, positions_RT)
+    return Pages(*(x.at[page_RT, :, place_RT].set(finite(new)) for x, new in zip(pages, (k_RTKH, v_RTKH), strict=True)))
+
+
 def visible(keys: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
     """Does the query at each of `positions` see the key at each of `keys`? Their shapes broadcast."""
     seen = keys <= positions

@@ -6,6 +6,8 @@ and a block that a row does not see changes none of its numbers, so that a row's
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -73,3 +75,7 @@ def xla_attend(
     _, _, total, acc = jax.lax.while_loop(lambda carry: carry[0] * C <= last, step, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(R, T, N, H).astype(q_RTNH.dtype)
+
+
+rows_attend = functools.partial(xla_attend, keys_as_rows=True)
+"""Over a pool of `empty_rows`."""
