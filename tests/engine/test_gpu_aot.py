@@ -1,10 +1,17 @@
 """Training step and sampler of Qwen3-8B compile for one H200 within its memory, the former with cuDNN's attention."""
 
 import os
+from dataclasses import replace
 
 import aot
 import pytest
+from hlo_bytes import Hlo
 from jax.experimental import topologies
+
+from tinker_jax import lora, memory
+from tinker_jax.models.weights import lora_targets
+from tinker_jax.sampling.model_runner import STEPS
+from tinker_jax.training import trainer
 
 pytestmark = pytest.mark.gpu_aot
 
@@ -36,3 +43,31 @@ def test_decode_and_prefill_fit_the_card_and_leave_the_pool_in_place(monkeypatch
         compiled = lowered.compile()
         assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
         assert aot.needed_bytes(compiled) < H200_BYTES
+
+
+QWEN3_06B = replace(aot.QWEN3_8B, D=1024, L=28, N=16, F=3072, tied=True)
+TOKENS = 1000  # that each row attends to
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("rows", [1, 64, 256])
+@pytest.mark.parametrize(("name", "cfg"), [("Qwen3-0.6B", QWEN3_06B), ("Qwen3-8B", aot.QWEN3_8B)])
+def test_a_decode_step_moves_at_most_three_halves_of_the_bytes_that_it_must(name, cfg, rows, monkeypatch, capsys):
+    """It prints the table of docs/performance.md. What cuDNN reads of the pool is added by hand: every key and value once."""
+    pytest.importorskip("jax_cuda13_plugin")
+    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    devices = topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices
+    decode, _, pool_bytes = aot.lower_sampler(aot.mesh_of(devices, (1, 1, 1)), H200_BYTES, rows, 1024, cfg, longest=1024)
+    hlo = Hlo(decode.compile().as_text(), pool_bytes / 4)
+    step = hlo.loop_with("fmhaSoftmax")
+    weights = memory.base_bytes(cfg, 2) - (0 if cfg.tied else 2 * cfg.V * cfg.D)
+    adapter = 2 * lora.count(lora.abstract(lora_targets(cfg), aot.LORA.rank, trainer.groups(aot.LORA)))
+    cache = rows * TOKENS * memory.token_bytes(cfg, 2)
+    least = weights + adapter + cache + rows * memory.token_bytes(cfg, 2)
+    moved = hlo.bytes(step) + cache
+    once = (hlo.bytes(hlo.entry) - hlo.bytes(step)) / STEPS
+    with capsys.disabled():
+        print("".join(f"\n  {size / 1e9:.2f} GB {kind}" for kind, size in hlo.largest(step)[:8]))
+        figures = f"{least / 1e9:.2f} | {moved / 1e9:.2f} | {moved / least:.2f} | {once / 1e9:.2f}"
+        print(f"| {name}, {rows} rows | {figures} |")
+    assert moved < 1.5 * least

@@ -22,7 +22,7 @@ from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
 from tinker_jax.kernels.decode_attention.xla import rows_attend
 
 plgpu: Any = mosaic_gpu  # older versions, which `check` refuses, lack some of it
-_JAX = (0, 12)  # the first whose Mosaic GPU has what is used here
+_JAX = (0, 12)  # 0.10 lacks some of what is used here, 0.11 was not tried
 _LOWEST = -1e30  # of a query that has seen nothing yet; finite, as -inf - -inf is NaN
 _STAGES = 2  # pages in shared memory: one is worked on while the next is copied
 _SHARED_BYTES = 220_000  # that a program may have
@@ -51,7 +51,7 @@ def check(heads: tuple[int, int, int], dtype: Any, compute_capability: str | Non
         raise NotImplementedError(f"the kernel takes bfloat16, float16 and float32, not {name}")
     if H not in (64, 128, 256) or 2 * _STAGES * PAGE * H * jnp.dtype(dtype).itemsize > _SHARED_BYTES:
         raise NotImplementedError(f"the kernel takes head widths of 64, 128 and, in half precision, 256, not {H} in {name}")
-    if on_this_device and (wrong := self_check.fault(mosaic_attend, heads, name, window=PAGE + 3, sinks=True)):
+    if on_this_device and (wrong := self_check.fault(mosaic_attend, heads, name, window=5 * PAGE + 3, sinks=True)):
         raise NotImplementedError(f"the kernel failed its self-check: {wrong}")
 
 
@@ -65,7 +65,10 @@ def mosaic_attend(
     scale: float,
     window: int | None,
 ) -> jax.Array:
-    """See `PagedAttention.attend`; over pages of `empty_rows`. Prefills go through plain XLA."""
+    """See `PagedAttention.attend`; over pages of `empty_rows`. Prefills go through plain XLA.
+
+    J are sets of G query heads of one key head, S parts of a row.
+    """
     R, T, N, H = q_RTNH.shape
     if T > 1:
         return rows_attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N, scale=scale, window=window)
@@ -89,7 +92,7 @@ def _attend_parts(
     """Parts of the softmax, whose scores s are logarithms of base 2.
 
     Returns:
-        Σ 2^(s - top) v [R, J, parts, G, H], top and Σ 2^(s - top) [R, J, parts, G], float32. Where the last is zero the part
+        Σ 2^(s - top) v [R, J, S, G, H], top and Σ 2^(s - top) [R, J, S, G], float32. Where the last is zero the part
         has no page, and the first is left to chance.
     """
     R, J, G, H = q_RJGH.shape
@@ -194,7 +197,7 @@ def _spread(x: jax.Array, shape: tuple[int, ...], *axes: int) -> jax.Array:
 
 
 def _together(acc_RJSGH: jax.Array, top_RJSG: jax.Array, total_RJSG: jax.Array, sinks_JG: jax.Array | None) -> jax.Array:
-    """[R, J, G, H] of S parts of each row."""
+    """A row's parts put together, with the sinks: [R, J, G, H]."""
     top_RJG = jnp.max(top_RJSG, axis=2)
     if sinks_JG is not None:
         sinks_JG = sinks_JG.astype(jnp.float32) * math.log2(math.e)

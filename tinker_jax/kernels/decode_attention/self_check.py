@@ -28,7 +28,7 @@ def fault(
         window: of the check.
         sinks: check with attention sinks.
     """
-    (N, K, H), R, W = heads, 4, 3
+    (N, K, H), R, W = heads, 4, 7
     rng, last = np.random.default_rng(0), np.array([[0], [PAGE - 1], [PAGE + 5], [W * PAGE - 1]], np.int32)
     q, k, v = (jnp.asarray(rng.standard_normal((R, T, n, H)), dtype) for T, n in ((1, N), (W * PAGE, K), (W * PAGE, K)))
     tables = jnp.asarray(1 + rng.permutation(2 * R * W)[: R * W].reshape(R, W), jnp.int32)
