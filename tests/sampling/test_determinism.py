@@ -1,6 +1,4 @@
-"""`deterministic=True`: a seeded request is the same bit for bit, whatever else runs."""
-
-import itertools
+"""`deterministic=True`: a seeded request is the same bit for bit, whatever runs beside it. See also `engine/`."""
 
 import numpy as np
 import pytest
@@ -65,25 +63,6 @@ def test_alone_is_what_the_model_says(alone):
     for name, request in REQUESTS.items():
         if request.sampling_params.temperature == 1:
             check(model()[0], request.prompt.to_ints(), alone[name])
-
-
-def test_among_63_others(exact, alone):
-    for name, request in REQUESTS.items():
-        weights = next_weights()
-        crowd = others(63)
-        crowd.insert(40, request)
-        futures = [submit(exact, other, weights) for other in crowd]
-        finish(exact)
-        same(futures[40].result(0), alone[name], atol=0)
-
-
-def test_in_any_order_of_arrival(exact, alone):
-    for order in itertools.islice(itertools.permutations(REQUESTS), 0, 24, 7):
-        weights = next_weights()
-        futures = {name: submit(exact, REQUESTS[name], weights) for name in order}
-        finish(exact)
-        for name, future in futures.items():
-            same(future.result(0), alone[name], atol=0)
 
 
 @pytest.mark.parametrize("length", [1, PAGE + 1, 2 * PAGE + 9])

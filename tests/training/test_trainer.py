@@ -30,13 +30,13 @@ class Waiting(Trainer):
         return super().optim_step(*args).finish()
 
 
-def trainer(family="qwen3", mesh=None, plan=PLAN, factors=None):
+def trainer(family="qwen3", mesh=None, plan=PLAN, factors=None, deterministic=False):
     """`factors`: what weights are multiplied by, by name."""
     cfg, params = tiny.base_params(family, tiny.model(family))
     params = {name: x * np.float32((factors or {}).get(name, 1)) for name, x in params.items()}
     mesh = sharding.make_mesh(mesh)
     placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
-    return Waiting(cfg, placed, mesh, plan)
+    return Waiting(cfg, placed, mesh, plan, deterministic=deterministic)
 
 
 def programs(run):
@@ -331,9 +331,10 @@ def test_parameters_are_really_sharded():
         assert down["b"].addressable_shards[0].data.shape == (L, 8, D // 2)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_step_on_the_results_of_a_step_compiles_nothing(mesh):
-    run = trainer(mesh=mesh)
+def test_a_step_on_the_results_of_a_step_compiles_nothing(mesh, deterministic):
+    run = trainer(mesh=mesh, deterministic=deterministic)
     state = run.new_adapter(LoraConfig(rank=4), 0)
     compiled = []
     for _ in range(3):
@@ -341,7 +342,7 @@ def test_a_step_on_the_results_of_a_step_compiles_nothing(mesh):
             run.forward_backward(state, random_data([30]), "cross_entropy", None, backward=True)
         run.optim_step(state, AdamParams())
         compiled.append([program._jit._cache_size() for program in (*programs(run), run._add, run._update)])
-    assert compiled[0] == compiled[1] == compiled[2] and set(compiled[0][:-1]) == {1}
+    assert compiled[0] == compiled[1] == compiled[2] and set(compiled[0][:-1]) == ({1} if deterministic else {0, 1})
 
 
 def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
@@ -395,7 +396,7 @@ def test_ranks_of_a_bucket_share_their_programs_and_give_the_results_of_their_ow
     for rank in (5, 6, 8):
         padded[rank] = train(run, rank)
         updates.add(run._update._jit._cache_size())
-    assert [program._jit._cache_size() for program in programs(run)] == [1] * 4 and run.programs == 4
+    assert sorted(program._jit._cache_size() for program in programs(run)) == [0, 1, 1, 1, 1] and run.programs == 4
     assert run._update.count == len(updates) == 1  # its cache is shared by all trainers
     for rank, (state, values) in padded.items():
         with monkeypatch.context() as patch:

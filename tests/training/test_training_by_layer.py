@@ -52,7 +52,7 @@ def call_of(cfg, lengths, *, remat="none", backward=True, loss_fn="cross_entropy
     batches = pack(tokens, inputs, token_budget=256)
     values = default_config(loss_fn)
     adapter = jax.device_put(adapter, PLACED)
-    return Call(adapter, 4.0, batches, loss_fn, values, backward, remat, trained, config.rank, at_once=512)
+    return Call(adapter, 4.0, batches, loss_fn, values, backward, remat, trained, config.rank, at_once=512, one_program=False)
 
 
 def run(model, call):
@@ -74,6 +74,15 @@ def test_gradients_log_probabilities_and_metrics_are_those_of_the_whole_model(fa
     ours, theirs = run(layers, call), run(whole, call)
     close(ours, theirs)
     assert all(float(np.abs(x).max()) > 0 for x in jax.tree.leaves(ours[1]))
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_attn": False, "train_mlp": False}])
+def test_log_probabilities_from_a_program_of_their_own_leave_everything_else_as_it_is(flags):
+    cfg, layers, whole = models("qwen3")
+    call = call_of(cfg, (100,), loss_fn="importance_sampling", config=LoraConfig(rank=8, **flags))
+    expected = run(layers, call)
+    for model in (layers, whole):
+        close(run(model, dataclasses.replace(call, one_program=True)), expected)
 
 
 @pytest.mark.parametrize("remat", POLICIES)

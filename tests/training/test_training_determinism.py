@@ -1,4 +1,4 @@
-"""Under `deterministic` a datum's numbers are the same bit for bit whatever else is in its call."""
+"""Under `deterministic` a datum's numbers are the same bit for bit in any call; see also `tests/engine/test_determinism.py`."""
 
 import jax
 import numpy as np
@@ -57,16 +57,17 @@ def run():
     return Run()
 
 
-@pytest.mark.parametrize("length", [60, 129])
-def test_log_probabilities_are_the_same_alone_among_63_and_at_any_place(run, length):
-    one, company = datum(7, length), others(1)
-    ((alone,), _, _) = run([one])
-    for at in (0, 20):
-        logprobs, _, _ = run([*company[:at], one, *company[at:]])
-        np.testing.assert_array_equal(logprobs[at], alone)
-    ((forward,), _, _) = run([one], backward=False)
-    logprobs, _, _ = run([*company[:5], one], backward=False)
-    np.testing.assert_array_equal(logprobs[5], forward)
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_with_any_loss_and_with_or_without_gradients_log_probabilities_are_the_same(run, mesh):
+    run = run if mesh is None else Run(mesh)
+    targets, policy = datum(2, 60), datum(3, 60, loss_fn="importance_sampling")
+    inputs = policy.loss_fn_inputs | {"target_tokens": targets.loss_fn_inputs["target_tokens"]}
+    policy = Datum(targets.model_input, inputs)
+    ((expected,), _, _) = run([targets], backward=False)
+    for loss_fn in ("cross_entropy", "importance_sampling", "ppo"):
+        for backward in (False, True):
+            ((logprobs,), _, _) = run([targets if loss_fn == "cross_entropy" else policy], loss_fn, backward)
+            np.testing.assert_array_equal(logprobs, expected)
 
 
 def test_identical_datums_agree_bit_for_bit(run):

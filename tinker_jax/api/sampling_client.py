@@ -153,8 +153,8 @@ class SamplingClient:
 def warm_up(client: SamplingClient, adapters: int = 1) -> APIFuture[int]:
     """Compiles what sampling can need, whatever the lengths, stops, temperatures and numbers of samples to come.
 
-    Without it each program compiles at its first use. Top-k log-probabilities, targets, alternatives and adapters of another
-    rank still do.
+    Without it each program compiles at its first use. Top-k log-probabilities, targets, alternatives, adapters of another rank
+    and, with `EngineConfig(deterministic=True)`, the programs of training that compute what is reported still do.
 
     Args:
         client: that will be sampled from, or one like it.

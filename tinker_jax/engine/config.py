@@ -25,7 +25,8 @@ class EngineConfig:
         memory: bytes of each device's memory the engine may plan with; None: what the device reports.
         home: directory of the checkpoints; None: `$TINKER_JAX_HOME`, or `~/.tinker_jax`.
         deterministic: sampling and training give the same numbers bit for bit whatever else runs or is in the call, at a cost:
-            sampling always computes 64 rows, under one adapter at a time; training pads every datum to a row of its own.
+            sampling always computes 64 rows, under one adapter at a time; training pads every datum to a row of its own. The
+            log-probabilities that samples report at temperature 1 are then those of training, which takes a forward pass each.
 
     Raises:
         BadRequestError: naming the field, what was expected and what was got.

@@ -39,10 +39,11 @@ from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.weights import weights
 from tinker_jax.programs import end_compilers, keep_compiled
 from tinker_jax.sampling.sampler import Sampler
-from tinker_jax.training.pending import Pending
+from tinker_jax.sampling.sequence import Score
+from tinker_jax.training.pending import Pending, complete
 from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
 from tinker_jax.training.validate import check_data
-from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
+from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput, OptimStepResponse, TensorData
 from tinker_jax.types.errors import BadRequestError, NotFoundError, StateError, UnprocessableEntityError
 
 if TYPE_CHECKING:
@@ -68,10 +69,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _SamplerWeights:
-    """Weights of a sampling client. Requests under equal keys share cached prompts."""
+    """Weights of a sampling client. Requests under equal keys share cached prompts; `score` see `Sampler.submit`."""
 
     key: str
     adapter: lora_lib.Adapter | None
+    score: Score | None
 
 
 _engines: dict[tuple[str, EngineConfig], Engine] = {}
@@ -152,6 +154,9 @@ def _leave() -> None:
 
 
 _PATIENCE, _PATIENCE_INTERRUPTED = 30.0, 2.0  # seconds
+
+_NO_CHANGE = LoraConfig(rank=1, train_mlp=False, train_unembed=False)
+"""The smallest adapter: fresh, it stands for the base model where training wants one."""
 
 
 class Engine:
@@ -272,8 +277,10 @@ class Engine:
         LEDGER.hold(self, {f"adapter {model_id}": 4 * self._trainer.adapter_bytes(lora, 4)}, memory.device_bytes())
 
     def _hold_sampler(self, sampler_id: str, lora: LoraConfig) -> None:
-        """Sets memory aside for an adapter that is sampled from."""
+        """Sets memory aside for an adapter that is sampled from, see `_for_sampling`."""
         size = self._trainer.adapter_bytes(lora, self._dtype.itemsize)
+        if self.config.deterministic:
+            size += self._trainer.adapter_bytes(lora, 4)
         LEDGER.hold(self, {f"sampler {sampler_id}": size}, memory.device_bytes())
 
     def _reserve_slots(self, size: int) -> bool:
@@ -284,9 +291,11 @@ class Engine:
             return False
         return True
 
-    def _for_sampling(self, adapter: lora_lib.Adapter, scale: jax.Array | float) -> lora_lib.Adapter:
-        """Its scale folded in, in the model's dtype, in which every product with it is computed anyway."""
-        return jax.tree.map(lambda x: x.astype(self._dtype), lora_lib.scaled(adapter, scale))
+    def _for_sampling(self, state: AdapterState) -> tuple[lora_lib.Adapter, Score | None]:
+        """The adapter as it is now: with its scale, in the model's dtype, in which every product with it is computed; and with
+        `deterministic` as training has it, to score with."""
+        scaled = lora_lib.scaled(state.params, state.scale)
+        return jax.tree.map(lambda x: x.astype(self._dtype), scaled), self._score_under(state)
 
     def _load_model(self) -> None:
         start = time.perf_counter()
@@ -603,13 +612,13 @@ class Engine:
         def run() -> None:
             state = self._adapter(model_id)
             self._hold_sampler(sampler_id, state.lora)
-            adapter = self._for_sampling(state.params, state.scale)
-            self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
+            adapter, score = self._for_sampling(state)
+            self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter, score)
             if inflight:
                 followers = self._inflight.setdefault(model_id, [])
                 for name in followers:
-                    self._samplers[name] = _SamplerWeights(name, adapter)
-                    self._sampler.replace(name, adapter)
+                    self._samplers[name] = _SamplerWeights(name, adapter, score)
+                    self._sampler.replace(name, adapter, score)
                 followers.append(sampler_id)
 
         return self._worker.submit(model_id, run, before=sampler_id)
@@ -617,24 +626,44 @@ class Engine:
     def load_sampler(self, sampler_id: str, path: str | None) -> Future[None]:
         """Gives a checkpoint's weights, or with None the bare base model, to a sampler."""
 
-        def read(path: str) -> lora_lib.Adapter:
+        def read(path: str) -> tuple[lora_lib.Adapter, Score | None]:
             record = self._store.get(path)
             lora = _lora_of(record)
             self._hold_sampler(sampler_id, lora)
             with self._fitting(record):
                 params, _ = load_adapter(record.directory, self._trainer.abstract(lora)[0])
-            return self._for_sampling(lora_lib.pad(params), lora_lib.scale(lora.rank))
+            state = AdapterState(lora, jax.device_put(lora_lib.pad(params), self._trainer.adapter_shardings(groups(lora))), {})
+            return self._for_sampling(state)
 
-        def keep(adapter: lora_lib.Adapter) -> None:
-            self._samplers[sampler_id] = _SamplerWeights(sampler_id, adapter)
+        def keep(loaded: tuple[lora_lib.Adapter, Score | None]) -> None:
+            self._samplers[sampler_id] = _SamplerWeights(sampler_id, *loaded)
 
         def run() -> Detour | None:
             if path is not None:
                 return Detour(partial(read, path), keep)
-            self._samplers[sampler_id] = _SamplerWeights("base", None)
+            score = None
+            if self.config.deterministic:
+                self._hold_sampler(sampler_id, _NO_CHANGE)
+                score = self._score_under(self._trainer.new_adapter(_NO_CHANGE, 0))
+            self._samplers[sampler_id] = _SamplerWeights("base", None, score)
             return None
 
         return self._worker.submit(sampler_id, run)
+
+    def _score_under(self, state: AdapterState) -> Score | None:
+        """With `deterministic`, the log-probabilities of tokens as `forward` gives them under the adapter as it is now."""
+        if not self.config.deterministic:
+            return None
+        state = dataclasses.replace(state, opt={}, grads=None)
+
+        def score(tokens: np.ndarray) -> np.ndarray:
+            datum = Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:]})
+            (logprobs,), _ = complete(
+                self._trainer.forward_backward(state, [datum], "cross_entropy", None, backward=False)
+            ).finish()
+            return logprobs
+
+        return score
 
     def warm_up(self, sampler_id: str, adapters: int) -> Future[int]:
         """Compiles what sampling from so many adapters like the sampler's can need; the number of compiled programs."""
@@ -660,7 +689,7 @@ class Engine:
 
         def admit(future: Future[SampleResponse]) -> None:
             weights = self._sampler_weights(sampler_id)
-            self._sampler.submit(checked, weights.key, weights.adapter, future)
+            self._sampler.submit(checked, weights.key, weights.adapter, future, weights.score)
 
         if _stops_at_text(request) and not (self._text and self._text.loaded):
             self._worker.submit(sampler_id, self._load_text)  # other samplers do not wait for it

@@ -34,7 +34,7 @@ from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.requests import Request, parse
 from tinker_jax.sampling.scheduler import Scheduler
 from tinker_jax.sampling.scoring import PromptScores, Scorer, needs, width
-from tinker_jax.sampling.sequence import Sequence, SequenceGroup
+from tinker_jax.sampling.sequence import Score, Sequence, SequenceGroup
 from tinker_jax.sampling.stops import first_stop
 from tinker_jax.types.errors import BadRequestError, InternalServerError, UnprocessableEntityError
 from tinker_jax.types.model_input import ModelInput
@@ -71,6 +71,7 @@ class Sampler:
     The noise of a token is a function of (seed, number of the sample, position, token id) alone: a seeded request draws the
     same tokens whatever else runs. Reported log-probabilities are those of softmax(logits / temperature) over the whole
     vocabulary, whatever the filters left; at temperature 0 those of temperature 1. Scores of the prompt are at temperature 1.
+    A request can bring a function that computes those of temperature 1 anew, see `submit`.
 
     Args:
         cfg: shape of the model.
@@ -178,6 +179,7 @@ class Sampler:
         weights: Hashable,
         adapter: Adapter | None,
         future: Future[SampleResponse],
+        score: Score | None = None,
     ) -> None:
         """Queues a request; `step` resolves its future.
 
@@ -187,19 +189,22 @@ class Sampler:
                 cached prompts.
             adapter: scaled adapter (`tinker_jax.lora.scaled`), or None for the base model.
             future: gets a `SampleResponse`. Cancelling it frees the request's rows and pages at the next step.
+            score: computes what is reported of a sequence that has ended, and of the prompt's own tokens, where these are
+                log-probabilities of temperature 1. None: those that decoding and prefill computed are reported.
 
         Raises:
             BadRequestError, UnsupportedError: see `parse`; nothing has changed then.
         """
         checked = request if isinstance(request, Request) else self.parse(request)
-        group = SequenceGroup(checked, weights, adapter, future, width(checked.sample_top, self._cfg.V))
+        group = SequenceGroup(checked, weights, adapter, future, width(checked.sample_top, self._cfg.V), score=score)
         if any(needs(checked, self._cfg.V)):
             group.scores = PromptScores(checked)
         group.scored = checked.read_from
         self._waiting.append(group)
 
-    def replace(self, weights: Hashable, adapter: Adapter) -> None:
-        """New values under the name of old ones; running requests continue with them, on the keys and values there are.
+    def replace(self, weights: Hashable, adapter: Adapter, score: Score | None = None) -> None:
+        """New values under the name of old ones; running requests continue with them, on the keys and values there are, and
+        report the log-probabilities from which they draw: no single adapter has them all.
 
         A request that begins later computes all of its own.
         """
@@ -207,7 +212,7 @@ class Sampler:
         if groups and not self._scheduler.slots.finite(adapter):
             self._fail(groups, InternalServerError(_NOT_FINITE))
         for group in groups:
-            group.adapter = adapter
+            group.adapter, group.score = adapter, None if group.begun else score
         self._scheduler.replace(weights, adapter)
 
     def warm_up(self, adapter: Adapter | None, adapters: int = 1) -> int:
@@ -499,7 +504,10 @@ class Sampler:
         self._scheduler.remember(sequence)
         if end is not None or not sequence.remaining:
             self._scheduler.remove(sequence)
-            group.end(sequence, end)
+            try:
+                group.end(sequence, end)
+            except Exception as error:  # of its `score`
+                self._fail([group], error)
 
     # -- endings -----------------------------------------------------------------------------------------------------
 

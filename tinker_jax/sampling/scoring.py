@@ -60,6 +60,10 @@ class PromptScores:
         for target, source in zip(ours, theirs, strict=True):
             target[start : start + n] = source[row, :n, : target.shape[1]]
 
+    def replace_own(self, logprobs: np.ndarray) -> None:
+        """Other numbers [P - 1] for the log-probabilities of the prompt's own tokens, which were asked for."""
+        self._logprobs[:, 0] = logprobs
+
     def fields(self) -> dict[str, Any]:
         """Fields of `SampleResponse` about the prompt."""
         return _fields(self._request, self._logprobs, self._top, self._drawn)

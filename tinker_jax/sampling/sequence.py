@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -15,6 +15,9 @@ from tinker_jax.sampling.requests import Request
 from tinker_jax.sampling.scoring import PromptScores
 from tinker_jax.types.errors import RequestFailedError, TinkerError
 from tinker_jax.types.sampling import SampledSequence, SampleResponse, TopkLogprobs
+
+Score = Callable[[np.ndarray], np.ndarray]
+"""From tokens [N] to the log-probability of each but the first, float32 [N - 1]."""
 
 
 @dataclass(eq=False)
@@ -87,6 +90,7 @@ class SequenceGroup:
         scores: numbers about the prompt, or None when none is asked for.
         scored: so many of the prompt's hidden states have been read, or need not be.
         hits: prompt tokens that the cache held when the prompt was first looked up.
+        score: computes what is reported, see `tinker_jax.sampling.sampler.Sampler.submit`.
     """
 
     request: Request
@@ -100,6 +104,7 @@ class SequenceGroup:
     scores: PromptScores | None = None
     scored: int = 0
     hits: int = 0
+    score: Score | None = None
 
     @property
     def kind(self) -> tuple[Hashable, int]:
@@ -119,15 +124,20 @@ class SequenceGroup:
             length: tokens that belong to it where a stop rule ended it; None: all, its budget is spent.
         """
         logprobs, ids, values = (np.concatenate(parts)[:length] for parts in zip(*sequence.parts, strict=True))
+        tokens, prompt = np.asarray(sequence.drawn[:length], np.int32), self.request.prompt
+        if self.score is not None and self.request.temperature in (0, 1):  # of another temperature no training knows
+            logprobs = self.score(np.concatenate([prompt, tokens]))[len(prompt) - 1 :]
         self.done[sequence.index] = SampledSequence(
             stop_reason="length" if length is None else "stop",
             sequence_id=uuid.uuid4().hex,
-            tokens_np=np.asarray(sequence.drawn[:length], np.int32),
+            tokens_np=tokens,
             logprobs_np=logprobs,
             topk_logprobs_np=TopkLogprobs(ids, values) if self.request.sample_top else None,
         )
         if len(self.done) == self.request.num_samples:
             sequences = [self.done[i] for i in range(self.request.num_samples)]
+            if self.scores and self.score is not None and self.request.prompt_logprobs and len(prompt) > 1:
+                self.scores.replace_own(self.score(prompt))
             about_prompt = self.scores.fields() if self.scores else {}
             with contextlib.suppress(InvalidStateError):  # cancelled while the last chunk ran
                 self.future.set_result(SampleResponse(sequences=sequences, prompt_cache_hit_tokens=self.hits, **about_prompt))

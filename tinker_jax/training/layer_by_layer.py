@@ -26,7 +26,7 @@ from tinker_jax.models.dense import Block, Params, rematerialised
 from tinker_jax.models.layers import RMSNorm, rope_table
 from tinker_jax.programs import Program, precision
 from tinker_jax.sharding import host_view, views_of_weights
-from tinker_jax.training.objective import Call, loss_of_hidden
+from tinker_jax.training.objective import KNOWN, Call, logprobs_of_hidden, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
 
 Output = tuple[jax.Array, Any]
@@ -49,6 +49,7 @@ class LayerByLayer:
         self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
         self._embed = Program(self._embed_tokens, "embedding")
         self._forward = Program(self._forward_layer, "layer forward", static=("remat", "backward"))
+        self._logprobs = Program(self._logprobs_alone, "log-probabilities")
         self._loss = Program(self._loss_and_gradients, "loss", static=("loss_fn", "backward"))
         self._backward = Program(self._backward_layer, "layer backward", static=("remat",), donate=(0, 1))
         self._threads = ThreadPoolExecutor(AT_ONCE_CPU - 1, "tinker_jax-training")
@@ -56,7 +57,7 @@ class LayerByLayer:
     @property
     def programs(self) -> int:
         """Number of compiled programs."""
-        return sum(p.count for p in (self._embed, self._forward, self._loss, self._backward))
+        return sum(p.count for p in (self._embed, self._forward, self._logprobs, self._loss, self._backward))
 
     def close(self) -> None:
         """Gives the weights back; nothing can be run any more."""
@@ -134,8 +135,10 @@ class LayerByLayer:
         factors, head, scale = adapter.get("layers", {}), adapter.get("lm_head"), np.float32(call.scale)
         totals = (None, None) if total is None else (total.get("layers"), total.get("lm_head"))
         arrays, backward = jax.device_put(batch.arrays), call.backward and bool(factors)
+        keep = backward or call.one_program  # one program of a layer serves both
         layer: Any = {"shape": f"{batch.shape} {call.adapter_shape}", "remat": call.remat}
         of_head = f"rank={call.rank} " if head else ""
+        of_logprobs = f"{batch.shape} {of_head}{list(batch.inputs['target_tokens'].shape[2:])}"
         loss: Any = {
             "shape": f"{batch.shape} {of_head}{call.loss_shape(batch)}",
             "loss_fn": call.loss_fn,
@@ -150,25 +153,33 @@ class LayerByLayer:
             """Has what is needed compiled on other threads, in the order in which it is needed."""
             self._embed.prepare(*tokens, shape=batch.shape)
             h_MD, rope = self._embed.shapes(*tokens)
-            self._forward.prepare(*inputs(0, h_MD, rope), **layer, backward=backward)
-            self._loss.prepare(totals[1], self._ends, head, scale, h_MD, arrays, call.config, **loss)
+            self._forward.prepare(*inputs(0, h_MD, rope), **layer, backward=keep)
+            known = {}
+            if call.one_program:
+                logprobs = self._ends, head, scale, h_MD, arrays["target_tokens"]
+                self._logprobs.prepare(*logprobs, shape=of_logprobs)
+                known = {KNOWN: self._logprobs.shapes(*logprobs)}
+            self._loss.prepare(totals[1], self._ends, head, scale, h_MD, arrays | known, call.config, **loss)
             if backward:
                 g_MD, kept = self._forward.shapes(*inputs(0, h_MD, rope), remat=call.remat, backward=True)
                 self._backward.prepare(totals[0], g_MD, kept, *inputs(0, h_MD, rope), **layer)
 
-        if not (self._loss.is_ready(**loss) and self._forward.is_ready(**layer, backward=backward)):
+        if not (self._loss.is_ready(**loss) and self._forward.is_ready(**layer, backward=keep)):
             prepare()
         h_MD, rope = self._embed(*tokens, shape=batch.shape)
         passed = []
         for at in range(self._cfg.L):
             own = inputs(at, h_MD, rope)
-            h_MD, kept = self._forward(*own, **layer, backward=backward)
-            passed.append((kept, own))
+            h_MD, kept = self._forward(*own, **layer, backward=keep)
+            if backward:
+                passed.append((kept, own))
+        if call.one_program:
+            arrays[KNOWN] = self._logprobs(self._ends, head, scale, h_MD, arrays["target_tokens"], shape=of_logprobs)
         g_MD, total_head, *output = self._loss(totals[1], self._ends, head, scale, h_MD, arrays, call.config, **loss)
         if total is None:
             return tuple(output), None
         in_layers = totals[0]
-        while backward and passed:
+        while passed:
             kept, own = passed.pop()
             in_layers, g_MD = self._backward(in_layers, g_MD, kept, *own, **layer)
         return tuple(output), {k: x for k, x in (("layers", in_layers), ("lm_head", total_head)) if x is not None}
@@ -208,13 +219,21 @@ class LayerByLayer:
 
         return rematerialised(layer, remat)
 
+    def _logprobs_alone(self, ends, head, scale, h_MD, targets):
+        h_MD, head = self._under_head(ends, head, scale, h_MD)
+        return logprobs_of_hidden(self._cfg, ends, self._mesh, h_MD, head, targets)[0]
+
+    def _under_head(self, ends, head, scale, h_MD):
+        """(hidden states after the final norm, the head's adapter with its scale)"""
+        h_MD = RMSNorm(ends["final_norm.scale"], self._cfg.norm_eps)(h_MD)
+        return h_MD, None if head is None else lora_lib.scaled(head, scale)
+
     def _loss_and_gradients(self, total_head, ends, head, scale, h_MD, batch, config, *, loss_fn, backward):
         """(gradient of the hidden states, gradients of the head's adapter with these added, log-probabilities, raw metrics)"""
 
         def loss(h_MD, head):
-            h_MD = RMSNorm(ends["final_norm.scale"], self._cfg.norm_eps)(h_MD)
-            scaled = None if head is None else lora_lib.scaled(head, scale)
-            return loss_of_hidden(self._cfg, ends, self._mesh, loss_fn, h_MD, scaled, batch, config)
+            h_MD, head = self._under_head(ends, head, scale, h_MD)
+            return loss_of_hidden(self._cfg, ends, self._mesh, loss_fn, h_MD, head, batch, config)
 
         if not backward:
             _, (logprobs, raw) = loss(h_MD, head)

@@ -81,7 +81,8 @@ class Trainer:
         plan: micro-batch size and rematerialisation.
         others_wait: does anyone else want the device? Asked between micro-batches, from any thread.
         deterministic: a datum has the same log-probabilities and gradient bit for bit whatever else is in its call: none
-            shares a row with another, and gradients are added in order.
+            shares a row with another, and gradients are added in order. `forward` and `forward_backward` with any loss give the
+            same log-probabilities.
     """
 
     def __init__(
@@ -190,7 +191,8 @@ class Trainer:
         widest, least = max(batch.tokens.shape for batch in batches), bucket(max(map(len, tokens)))
         trained, rank = groups(state.lora), lora_lib.bucket(state.lora.rank)
         at_once = 0 if self._deterministic else plan.at_once
-        call = Call(state.params, state.scale, batches, loss_fn, values, backward, plan.remat, trained, rank, at_once)
+        adapter = state.params, state.scale
+        call = Call(*adapter, batches, loss_fn, values, backward, plan.remat, trained, rank, at_once, self._deterministic)
         if backward:  # its program will be there when it is asked for
             hyper = optim.AdamHyper(*[np.float32(0)] * len(optim.AdamHyper._fields))
             self._update.prepare(state.params, state.params, state.opt, hyper, shape=call.adapter_shape)

@@ -18,7 +18,7 @@ from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder, Params
 from tinker_jax.programs import Program
-from tinker_jax.training.objective import Call, loss_of_hidden
+from tinker_jax.training.objective import KNOWN, Call, logprobs_of_hidden, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
 
 _MOST_AHEAD = 16_384  # tokens of each part of the rows that are dispatched and not computed: enough to keep a device busy
@@ -40,12 +40,13 @@ class WholeModel:
         self._cfg, self._params, self._mesh, self._places, self._add = cfg, params, mesh, places, add
         self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
         self._ahead: collections.deque[tuple[int, jax.Array]] = collections.deque()  # tokens that are, and their result
+        self._logprobs = Program(self._logprobs_alone, "log-probabilities", static=("most_segments",))
         self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained", "most_segments"))
 
     @property
     def programs(self) -> int:
         """Number of compiled programs."""
-        return self._step.count
+        return self._step.count + self._logprobs.count
 
     def close(self) -> None:
         """Gives the weights back."""
@@ -61,18 +62,22 @@ class WholeModel:
         """
         total, outputs = None, []
         for batch in call.batches:
+            arrays, most_segments = jax.device_put(batch.arrays, self.rows_of(batch)), self._most_segments(batch)
+            model, shape = (call.adapter, np.float32(call.scale), self._params), f"{batch.shape} {call.adapter_shape}"
+            if call.one_program:
+                read = {name: arrays[name] for name in ("tokens", "positions", "segments", "target_tokens")}
+                columns = list(read["target_tokens"].shape[2:])
+                arrays[KNOWN] = self._logprobs(*model, read, shape=f"{shape} {columns}", most_segments=most_segments)
             grads, *output = self._step(
-                call.adapter,
-                np.float32(call.scale),
-                self._params,
-                jax.device_put(batch.arrays, self.rows_of(batch)),
+                *model,
+                arrays,
                 call.config,
-                shape=f"{batch.shape} {call.adapter_shape} {call.loss_shape(batch)}",
+                shape=f"{shape} {call.loss_shape(batch)}",
                 loss_fn=call.loss_fn,
                 backward=call.backward,
                 remat=call.remat,
                 trained=call.trained,
-                most_segments=self._most_segments(batch),
+                most_segments=most_segments,
             )
             outputs.append(tuple(output))
             total = grads if total is None else self._add(total, grads, shape=call.adapter_shape)
@@ -98,16 +103,24 @@ class WholeModel:
         few = self._mesh.devices.flat[0].platform == "gpu" and batch.segments.max() < _FEW_SEGMENTS
         return _FEW_SEGMENTS if few else MAX_SEGMENTS
 
+    def _logprobs_alone(self, adapter, scale, params, batch, *, most_segments):
+        h_MD, head = self._hidden(adapter, scale, params, batch, "none", most_segments)
+        return logprobs_of_hidden(self._cfg, params, self._mesh, h_MD, head, batch["target_tokens"])[0]
+
+    def _hidden(self, adapter, scale, params, batch, remat, most_segments):
+        """(hidden states after the final norm, the head's adapter with its scale)"""
+        factors = lora_lib.scaled(adapter, scale)
+        attention = functools.partial(self._attention, most_segments=most_segments)
+        rows = batch["tokens"], batch["positions"], batch["segments"]
+        h_MD = Decoder(self._cfg, params).forward(*rows, factors, remat=remat, attention=attention)
+        return h_MD, factors.get("lm_head")
+
     def step(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained, most_segments=MAX_SEGMENTS):
         """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
-        attention = functools.partial(self._attention, most_segments=most_segments)
 
         def loss(adapter):
-            factors = lora_lib.scaled(adapter, scale)
-            h_MD = Decoder(self._cfg, params).forward(
-                batch["tokens"], batch["positions"], batch["segments"], factors, remat=remat, attention=attention
-            )
-            return loss_of_hidden(self._cfg, params, self._mesh, loss_fn, h_MD, factors.get("lm_head"), batch, config)
+            h_MD, head = self._hidden(adapter, scale, params, batch, remat, most_segments)
+            return loss_of_hidden(self._cfg, params, self._mesh, loss_fn, h_MD, head, batch, config)
 
         if not backward:
             _, (logprobs, raw) = loss(adapter)
