@@ -1,4 +1,4 @@
-"""Under `deterministic` a datum's numbers are the same bit for bit in any call; the table of what is, is `test_determinism_table.py`."""
+"""Under `deterministic` a datum's numbers are the same bit for bit in any call. See also `test_determinism_table.py`."""
 
 import jax
 import numpy as np
