@@ -339,11 +339,11 @@ class TestAroundCudnn(PagedTests):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Runs the Mosaic kernel in JAX's interpreter of GPU kernels, on a CPU."""
+    """Runs the Mosaic kernel in JAX's interpreter of GPU kernels, on a CPU, which raises where copies and reads race."""
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip(f"jax {jax.__version__} has no interpreter of GPU kernels")
     monkeypatch.setattr(mosaic, "_PROGRAMS", 16)  # each takes milliseconds
-    with plgpu.force_gpu_interpret_mode():
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
 

@@ -140,7 +140,12 @@ def _attend_parts(
                 slot = jax.lax.rem(i - first, _STAGES)
                 plgpu.barrier_wait(arrived.at[slot])
                 carry = attend(i, k_pages.at[slot], v_pages.at[slot], *carry)
-                pl.when(i + _STAGES < last)(functools.partial(fetch, i + _STAGES))
+
+                @pl.when(i + _STAGES < last)
+                def _():
+                    plgpu.commit_smem()  # orders the reads above before the writes of the copy unit
+                    fetch(i + _STAGES)
+
                 return carry
 
             def attend(i, k_page, v_page, tops, totals, accs):
