@@ -14,6 +14,7 @@ from pathlib import Path
 
 import _models
 import _sides
+import determinism
 import jax
 import jax.numpy as jnp
 import mixed
@@ -319,6 +320,31 @@ def run(script, *arguments):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_tables_of_determinism_state_zeros_and_ratios():
+    seconds = {"backward": 2.0, "sample 1": 1.0, "sample 64": 4.0, "score 64": 1.0}
+    apart, same = {"most": 2e-6, "share": 0.25, "mean": -3e-8}, {"most": 0.0, "share": 0.0, "mean": 0.0}
+    result = {
+        "default": {"company": apart, "sampler": apart, "seconds": {**seconds, "sample 64": 2.0}},
+        "deterministic": {"company": same, "sampler": same, "seconds": seconds},
+    }
+    one, other = determinism.lines("model", "float32", result)
+    assert one == ["model", "float32", "default", "2.0e-06 (25 %)", "2.0e-06 (25 %)", "-3.0e-08"]
+    assert other == ["model", "float32", "deterministic", "0", "0", "0"] and len(other) == len(determinism.HEADER)
+    line = determinism.cost("model", "float32", result)
+    assert line == ["model", "float32", "1.00", "1.00", "2.00", "25 %"] and len(line) == len(determinism.COST)
+
+
+@pytest.mark.slow
+def test_programs_that_are_optimised_as_usual_agree_bit_for_bit_in_deterministic_mode(monkeypatch, tmp_path):
+    """The tests' own programs are not optimised."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    model = BENCHMARKS.parent / "tinker_jax" / "embedded" / "tiny-qwen3"
+    run("determinism.py", "--turns", "1", "--dtypes", "float32", "--model", str(model), "--json", str(tmp_path / "out.json"))
+    [result] = json.loads((tmp_path / "out.json").read_text())["results"].values()
+    assert all(result["deterministic"][what]["most"] == 0 for what in ("company", "sampler"))
+    assert all(result["default"][what]["most"] > 0 for what in ("company", "sampler"))
 
 
 @pytest.mark.slow
