@@ -17,6 +17,7 @@ import torch
 from tinker_jax import lora, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.programs import Program
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.sampler import Sampler
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams
@@ -197,6 +198,24 @@ def same(a, b, atol=1e-5):
         pairs.append((a.prompt_logprobs_np, b.prompt_logprobs_np))
     for x, y in pairs:
         np.testing.assert_allclose(x, y, atol=atol, rtol=0)
+
+
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2544929920 bytes.")
+
+
+def failing(patch, name, calls):
+    """The program of that name has no room at these calls of it."""
+    real, count = Program.__call__, [0]
+
+    def call(program, *args, **options):
+        if program.name == name:
+            count[0] += 1
+            if count[0] - 1 in calls:
+                raise OUT_OF_MEMORY
+        return real(program, *args, **options)
+
+    patch.setattr(Program, "__call__", call)
+    return count
 
 
 def spy(monkeypatch, target, name):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from sampler_cases import failing
 
 import tinker_jax as tinker
 from tinker_jax import Datum, EngineConfig, ModelInput, SamplingParams, ServiceClient
@@ -176,6 +177,18 @@ def test_what_is_reported_of_temperature_1_and_0_is_computed_anew_and_no_token_i
             assert reported.tokens == decoded.tokens
             np.testing.assert_allclose(reported.logprobs_np, decoded.logprobs_np, atol=1e-5)
             assert np.array_equal(reported.logprobs_np, decoded.logprobs_np) == (temperature == 0.7)
+
+
+def test_memory_that_is_missing_once_when_a_sample_is_scored_changes_nothing(clients, monkeypatch):
+    prompt = ModelInput.from_ints(tokens_of(7, 0))
+    params = SamplingParams(max_tokens=9, seed=0, stop=[])
+    expected = clients.sampler.sample(prompt, 2, params).result()
+    with monkeypatch.context() as patch:
+        count = failing(patch, "log-probabilities", {0})
+        response = clients.sampler.sample(prompt, 2, params).result()
+    assert count[0] == 3
+    for ours, theirs in zip(response.sequences, expected.sequences, strict=True):
+        np.testing.assert_array_equal(ours.logprobs_np, theirs.logprobs_np)
 
 
 def test_a_sampler_of_a_checkpoint_and_one_of_the_base_model_agree_with_training_too(clients):

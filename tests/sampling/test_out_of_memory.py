@@ -7,9 +7,11 @@ import jax
 import pytest
 from sampler_cases import (
     CONTEXT,
+    OUT_OF_MEMORY,
     adapter,
     ask,
     device_alone,
+    failing,
     finish,
     make,
     next_weights,
@@ -20,11 +22,9 @@ from sampler_cases import (
     tokens_of,
 )
 
-from tinker_jax.programs import Program
 from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.types.errors import BadRequestError, RequestFailedError, UnprocessableEntityError
 
-OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2544929920 bytes.")
 OFTEN = ("embedding", "layers", "draw", "adapter slots")
 ONCE = (*OFTEN, "cache", "cache copy", "final norm", "prompt logprobs", "prompt top-k", "prompt alternatives")
 
@@ -80,21 +80,6 @@ def frugal(sampler, monkeypatch):
 def pool_pages(sampler):
     """Of each layer, as they are on the device."""
     return sampler._runner._pages.k.shape[0] // sampler._cfg.L
-
-
-def failing(patch, name, calls):
-    """The program of that name has no room at these calls of it."""
-    real, count = Program.__call__, [0]
-
-    def call(program, *args, **options):
-        if program.name == name:
-            count[0] += 1
-            if count[0] - 1 in calls:
-                raise OUT_OF_MEMORY
-        return real(program, *args, **options)
-
-    patch.setattr(Program, "__call__", call)
-    return count
 
 
 @pytest.mark.parametrize(("name", "calls"), [*((name, {0}) for name in ONCE), *((name, {1}) for name in OFTEN)])

@@ -657,11 +657,15 @@ class Engine:
         state = dataclasses.replace(state, opt={}, grads=None)
 
         def score(tokens: np.ndarray) -> np.ndarray:
-            datum = Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:]})
-            (logprobs,), _ = complete(
-                self._trainer.forward_backward(state, [datum], "cross_entropy", None, backward=False)
-            ).finish()
-            return logprobs
+            data = [Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:]})]
+            while True:
+                try:
+                    forward = complete(self._trainer.forward_backward(state, data, "cross_entropy", None, backward=False))
+                    (logprobs,), _ = forward.finish()
+                    return logprobs
+                except memory.OutOfMemory as error:
+                    if failure := self._trainer.recover(error, True):
+                        raise failure from error
 
         return score
 
