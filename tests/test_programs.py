@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinker_jax.programs import Program
+from tinker_jax.programs import DaemonThreads, Program
 
 SCRIPT = """
 import jax
@@ -108,3 +110,22 @@ def test_the_cache_on_disk_is_bounded_and_keeps_what_takes_a_tenth_of_a_second(t
     env = {k: v for k, v in os.environ.items() if k not in hidden}
     done = subprocess.run([sys.executable, "-c", script.format(home=str(tmp_path))], env=env, capture_output=True, text=True)
     assert done.stdout.split() == [str(4 << 30), "0.1"], done.stderr
+
+
+def test_daemon_threads_work_side_by_side_return_and_raise_and_end_without_what_is_queued():
+    threads, gate = DaemonThreads(2, "test"), threading.Barrier(3)
+    side_by_side = [threads.submit(gate.wait, 60) for _ in range(2)]
+    places = [gate.wait(60), *(future.result(60) for future in side_by_side)]
+    assert sorted(places) == [0, 1, 2]
+    assert threads.submit(int, "7").result(60) == 7
+    with pytest.raises(ValueError, match="invalid literal"):
+        threads.submit(int, "x").result(60)
+    held = threading.Event()
+    busy = [threads.submit(lambda: (gate.wait(60), held.wait(60))[1]) for _ in range(2)]
+    gate.wait(60)
+    queued = threads.submit(int, "7")
+    assert not threads.end(time.monotonic() + 0.1)
+    held.set()
+    assert [future.result(60) for future in busy] == [True, True]
+    assert threads.end(time.monotonic() + 60)
+    assert not queued.done()

@@ -83,7 +83,7 @@ class Program:
         new, future = self._claim(_key(shape, static))
         if new:
             abstract = jax.tree.map(_abstract, args)
-            _compilers.submit(partial(self._compile, future, abstract, shape, static, precision()))
+            _compilers.submit(self._compile, future, abstract, shape, static, precision())
         return future
 
     def shapes(self, *args: Any, **static: Any) -> Any:
@@ -133,24 +133,31 @@ class Program:
             future.set_exception(error)
 
 
-class _Compilers:
-    """Daemon threads: the interpreter waits for those of `ThreadPoolExecutor` until everything queued is compiled."""
+class DaemonThreads:
+    """As `ThreadPoolExecutor`, for whose threads the interpreter waits until everything queued is done.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._threads = most, list[threading.Thread]()
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    Args:
+        most: threads.
+        name: of the threads.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name, self._threads = most, name, list[threading.Thread]()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
 
-    def submit(self, compile: Callable[[], None]) -> None:
-        """Has it called on one of the threads."""
-        self._queue.put(compile)
+    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Has it called on one of the threads; a future of what it returns."""
+        future: Future[Any] = Future()
+        self._queue.put((partial(call, *args), future))
         if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
-            thread = threading.Thread(target=self._work, name=f"tinker_jax-compiler {len(self._threads)}", daemon=True)
+            thread = threading.Thread(target=self._work, name=f"{self._name} {len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
+        return future
 
     def end(self, deadline: float) -> bool:
-        """Drops what is queued and waits for what is being compiled; were all done by then (`time.monotonic`)?"""
+        """Drops what is queued and waits for what runs; were all done by then (`time.monotonic`)?"""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
@@ -161,13 +168,22 @@ class _Compilers:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
-        while (compile := self._queue.get()) is not None:
-            compile()
-            del compile
-            self._idle.release()
+        while (given := self._next()) is not None:
+            call, future = given
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del given, call, future
+
+    def _next(self) -> tuple[Callable[[], Any], Future[Any]] | None:
+        with contextlib.suppress(queue.Empty):
+            return self._queue.get_nowait()
+        self._idle.release()
+        return self._queue.get()
 
 
-_compilers = _Compilers(max(2, os.cpu_count() or 1))
+_compilers = DaemonThreads(max(2, os.cpu_count() or 1), "tinker_jax-compiler")
 end_compilers = _compilers.end
 _announcements: list[str] = []
 _announcing = threading.Lock()

@@ -81,6 +81,22 @@ def test_an_engine_sets_aside_weights_cache_activations_adapters_and_samplers(mo
     assert not [name for name in purposes(engine) if name.startswith("sampler")]
 
 
+def test_a_bfloat16_model_samples_from_bfloat16_adapters_that_are_counted_side_by_side(models, tmp_path, monkeypatch):
+    client = service(tmp_path, dtype="bfloat16").create_lora_training_client(models[0], rank=8).result()
+    samplers = [client.save_weights_and_get_sampling_client().result() for _ in range(2)]
+    engine, seen = client._engine, []
+    step = engine._sampler.step
+    monkeypatch.setattr(engine._sampler, "step", lambda: (step(), seen.append(purposes(engine).get("slots", 0)))[0])
+    futures = [sampler.sample(PROMPT, 1, SamplingParams(max_tokens=40, stop=[])) for sampler in samplers]
+    assert all(len(future.result().sequences[0].tokens) == 40 for future in futures)
+    own = jax.tree.leaves(engine._samplers[samplers[0]._sampler_id].adapter)
+    assert {x.dtype.name for x in own} == {"bfloat16"}
+    assert purposes(engine)[f"sampler {samplers[0]._sampler_id}"] == sum(x.nbytes for x in own)
+    assert max(seen) == 2 * sum(x.nbytes for x in own), "a tree as wide as both"
+    engine.info().result()
+    assert purposes(engine)["slots"] == 0
+
+
 def test_a_sharded_adapter_counts_its_part_alone(models, tmp_path):
     client = service(tmp_path, mesh={"fsdp": 2, "tensor": 2}).create_lora_training_client(models[0], rank=8).result()
     params = jax.tree.leaves(client._engine._adapters[client.model_id].params)

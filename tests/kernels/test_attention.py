@@ -238,8 +238,11 @@ def test_a_changed_private_function_is_refused_by_name(monkeypatch):
     with pytest.raises(NotImplementedError, match="no kv_offsets, kv_seqlen, mask_type, q_offsets, qkv_layout"):
         cudnn._private()
     monkeypatch.setattr(private, "check_cudnn_version", lambda: 90500)
+    monkeypatch.setattr(cudnn, "_KEYWORDS", {"q_seqlen", "scale"})
     with pytest.raises(NotImplementedError, match=r"needs cuDNN 9\.6, found 90500"):
-        monkeypatch.setattr(cudnn, "_KEYWORDS", {"scale"})
+        cudnn._private()
+    monkeypatch.setattr(cudnn, "_KEYWORDS", {"scale"})
+    with pytest.raises(NotImplementedError, match="it wants q_seqlen"):
         cudnn._private()
 
 

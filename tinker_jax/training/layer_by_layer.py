@@ -8,8 +8,9 @@ where memory allows: what only one core can do in one of them is hidden behind t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from tinker_jax.memory import AT_ONCE_CPU
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Block, Params, rematerialised
 from tinker_jax.models.layers import RMSNorm, rope_table
-from tinker_jax.programs import Program, precision
+from tinker_jax.programs import DaemonThreads, Program, precision
 from tinker_jax.sharding import host_view, views_of_weights
 from tinker_jax.training.objective import KNOWN, Call, logprobs_of_hidden, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
@@ -52,7 +53,7 @@ class LayerByLayer:
         self._logprobs = Program(self._logprobs_alone, "log-probabilities")
         self._loss = Program(self._loss_and_gradients, "loss", static=("loss_fn", "backward"))
         self._backward = Program(self._backward_layer, "layer backward", static=("remat",), donate=(0, 1))
-        self._threads = ThreadPoolExecutor(AT_ONCE_CPU - 1, "tinker_jax-training")
+        self._threads = DaemonThreads(AT_ONCE_CPU - 1, "tinker_jax-training")
 
     @property
     def programs(self) -> int:
@@ -61,7 +62,7 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Gives the weights back; nothing can be run any more."""
-        self._threads.shutdown()
+        self._threads.end(time.monotonic() + 30)
         self._layers, self._ends = [], {}
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
 
