@@ -57,7 +57,8 @@ def test_a_script_that_ends_while_its_own_loss_computes_exits_cleanly(checkpoint
 
 
 COMPILING = """
-import jax, time, tinker_jax as tinker
+import jax, signal, time, tinker_jax as tinker
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
 service = tinker.ServiceClient()
 client = service.create_lora_training_client(base_model={model!r}, rank=2).result()
 data = [tinker.Datum(tinker.ModelInput.from_ints([5] * 60), {{"target_tokens": [6] * 60}}) for _ in range(60)]
