@@ -70,7 +70,11 @@ def compile(lowered, *args, **options):
 jax.stages.Lowered.compile = compile
 future = client.forward_backward(data, "cross_entropy")
 print("waiting", flush=True)
-future.result()
+try:
+    future.result()
+except KeyboardInterrupt:
+    print("not flushed")
+    raise
 """
 
 
@@ -87,7 +91,8 @@ def test_ctrl_c_during_a_compilation_ends_the_script_and_says_what_was_left(chec
         told.add(script.stdout.readline().strip())
     time.sleep(1)  # in `result`
     script.send_signal(signal.SIGINT)
-    _, stderr = script.communicate(timeout=100)  # far less than the compilation would take
+    stdout, stderr = script.communicate(timeout=100)  # far less than the compilation would take
     assert script.returncode == -signal.SIGINT
+    assert "not flushed" in stdout
     assert "KeyboardInterrupt" in stderr
     assert "tinker_jax: interrupted, left without waiting for: " in stderr

@@ -75,7 +75,7 @@ def test_results_are_those_without(settings):
         same(ours, theirs)
 
 
-def test_pages_of_a_cancelled_sequence_may_go_to_another_while_it_is_drawn(monkeypatch):
+def test_pages_of_a_cancelled_sequence_may_go_to_another_while_it_is_drawn():
     sampler = device_alone(pages=FEW)
     kept = submit(sampler, ask(tokens_of(40), max_tokens=100, seed=0, stop=[]))
     gone = submit(sampler, ask(tokens_of(41), max_tokens=200, seed=1, stop=[]))

@@ -59,15 +59,20 @@ def test_deterministic_programs_have_one_width(narrow):
     assert make(deterministic=True)._runner.widths == [MOST]
 
 
-def test_rows_that_do_not_fit_one_call_are_decoded_in_several(narrow, monkeypatch):
+def limit_tables(monkeypatch, count):
+    """Samplers made from now on have calls that hold so many tables for the whole context."""
     make_attention = model_runner.paged_attention_on
 
     def limited(*args):
         paged = make_attention(*args)
-        return dataclasses.replace(paged, backend=dataclasses.replace(paged.backend, most_entries=4 * MOST))
+        return dataclasses.replace(paged, backend=dataclasses.replace(paged.backend, most_entries=count * MOST))
 
-    expected = finish(whole := make(), *[submit(whole, request) for request in REQUESTS.values()])
     monkeypatch.setattr(model_runner, "paged_attention_on", limited)
+
+
+def test_rows_that_do_not_fit_one_call_are_decoded_in_several(narrow, monkeypatch):
+    expected = finish(whole := make(), *[submit(whole, request) for request in REQUESTS.values()])
+    limit_tables(monkeypatch, 4)
     sampler = make()
     decoded = spy(monkeypatch, sampler._runner, "decode")
     responses = finish(sampler, *[submit(sampler, request) for request in REQUESTS.values()])
@@ -75,6 +80,16 @@ def test_rows_that_do_not_fit_one_call_are_decoded_in_several(narrow, monkeypatc
     assert (4, MOST) in shapes(decoded), "the longest four of eight"
     for ours, theirs in zip(responses, expected, strict=True):
         same(ours, theirs)
+
+
+def test_deterministic_programs_have_as_many_rows_as_a_call_holds(monkeypatch):
+    limit_tables(monkeypatch, 8)
+    sampler = make(deterministic=True)
+    decoded = spy(monkeypatch, sampler._runner, "decode")
+    responses = finish(sampler, *[submit(sampler, request) for request in REQUESTS.values()])
+    assert set(shapes(decoded)) == {(8, MOST)}
+    for (n, _), response in zip(REQUESTS.items(), responses, strict=True):
+        check(model()[0], tokens_of(n), response)
 
 
 @pytest.mark.slow

@@ -149,6 +149,8 @@ def _leave() -> None:
         at_work.append("compiler")
     if interrupted and at_work:
         print(f"tinker_jax: interrupted, left without waiting for: {', '.join(at_work)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)  # as Python itself ends after Ctrl-C
 

@@ -53,7 +53,7 @@ class AdapterSlots:
         return set(self._users)
 
     def fits(self, weights: Hashable, adapter: Adapter | None) -> bool:
-        """Is there room for a row of these weights?"""
+        """Is there room for a row of these weights? If so, the memory that they need is set aside."""
         if adapter is None or weights in self._adapters or not self._adapters:
             return True
         together = [*self._adapters.values(), adapter]

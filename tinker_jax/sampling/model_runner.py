@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,12 @@ class ModelRunner:
         """Gives pages and weights back; nothing can be run any more."""
         self.release()
         self._model.close()
+
+    @property
+    def most_rows_of_a_part(self) -> int:
+        """Rows of each part whose narrowest tables one call holds, at least one."""
+        entries = self._paged.backend.most_entries
+        return sys.maxsize if entries is None else max(1, entries // self.widths[0])
 
     def most_rows(self, sizes: Sequence[int], pages: int) -> int:
         """Most rows that one call takes when the longest has so many pages.

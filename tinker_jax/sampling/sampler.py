@@ -56,7 +56,7 @@ _MOST_PREFILLS = 8  # calls between two decode chunks: many rows soon decode tog
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _DecodeChunk:
     """Tokens that are being drawn for sequences, by their rows."""
 
     places: dict[int, Sequence]
@@ -117,11 +117,12 @@ class Sampler:
         self._page_bytes = PAGE * memory.token_bytes(cfg, dtype.itemsize, sharding.parts(mesh, "kv_heads"))
         most = self._rows[-1] * pages_for(cfg.context_length)
         self._pages = max(0, min(kv_bytes // self._page_bytes - 1, most))
-        self._scheduler = Scheduler(self._pages, parts, self._rows[-1], deterministic, AdapterSlots(reserve))
         self._runner = ModelRunner(cfg, params, mesh, dtype, self._pages + 1, unstack, one_width=deterministic)
+        self._rows = sorted({min(rows, self._runner.most_rows_of_a_part) for rows in self._rows})
+        self._scheduler = Scheduler(self._pages, parts, self._rows[-1], deterministic, AdapterSlots(reserve))
         self._scorer = Scorer(cfg, params)
         self._waiting: collections.deque[SequenceGroup] = collections.deque()
-        self._ahead: _Chunk | None = None  # what the device is drawing while the host looks at what it drew before
+        self._ahead: _DecodeChunk | None = None  # what the device is drawing while the host looks at what it drew before
 
     @property
     def programs(self) -> int:
@@ -429,7 +430,7 @@ class Sampler:
             self._ahead = self._begin_next(chunk)
             self._take(chunk)
 
-    def _begin(self, ready: list[Sequence]) -> _Chunk | None:
+    def _begin(self, ready: list[Sequence]) -> _DecodeChunk | None:
         """Has the next tokens of these drawn."""
         ready = [sequence for sequence in ready if sequence.pages]  # a batch before this one may have ended it
         if not ready:
@@ -444,12 +445,12 @@ class Sampler:
             rows = Rows.empty(size, width)
             for place, sequence in places.items():
                 self._scheduler.put(rows, place, sequence)
-            return _Chunk(places, options, width, self._runner.decode(adapter, rows, options))
+            return _DecodeChunk(places, options, width, self._runner.decode(adapter, rows, options))
         except Exception as error:
             self._lose_cache(error, {sequence.group for sequence in ready})
             return None
 
-    def _begin_next(self, chunk: _Chunk) -> _Chunk | None:
+    def _begin_next(self, chunk: _DecodeChunk) -> _DecodeChunk | None:
         """Has the tokens after those of a chunk drawn that is not read yet, so that the device does not wait for the host.
 
         None where that could not be the next thing to do: something else waits, a sequence has joined, fewer rows would do, or
@@ -471,12 +472,12 @@ class Sampler:
             for place, sequence in places.items():
                 table[place, : len(sequence.pages)] = sequence.pages
             rows = chunk.decoding.rows._replace(table=table)
-            return _Chunk(places, chunk.options, chunk.width, self._runner.decode(adapter, rows, chunk.options))
+            return _DecodeChunk(places, chunk.options, chunk.width, self._runner.decode(adapter, rows, chunk.options))
         except Exception as error:
             self._lose_cache(error, {sequence.group for sequence in places.values()})
             return None
 
-    def _take(self, chunk: _Chunk) -> None:
+    def _take(self, chunk: _DecodeChunk) -> None:
         """Waits for the tokens of a chunk and takes them."""
         try:
             drawn = self._runner.read(chunk.decoding)

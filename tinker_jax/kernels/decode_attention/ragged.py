@@ -13,7 +13,7 @@ from tinker_jax.kernels.decode_attention.pages import PAGE, finite, places
 # Of one block of the kernel. Left to itself it asks the devices of this process, not those compiled for.
 _KEYS, _QUERIES = 512, 32
 MOST_ENTRIES = 1 << 17
-"""Of the tables of one call: the kernel keeps them in scalar memory, which on every TPU so far has 1 MiB."""
+"""Of the tables of one call, which the kernel keeps in scalar memory. So many compile for v6e."""
 
 
 class CombinedPages(NamedTuple):
