@@ -18,7 +18,7 @@ from typing import Any
 import _sides
 
 from tinker_jax.models import config
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.weights import weights
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -93,12 +93,12 @@ def _random(model: str, vocab: int, quick: bool) -> Any:
     return kind(kind.config_class(**shape)).to(torch.float32 if model == "tiny" else torch.bfloat16)
 
 
-def shape_of(directory: Path) -> DecoderConfig:
+def shape_of(directory: Path) -> DenseConfig:
     """Its numbers."""
     return config.parse(json.loads((directory / "config.json").read_text()))
 
 
-def weight_bytes(cfg: DecoderConfig, dtype: str) -> int:
+def weight_bytes(cfg: DenseConfig, dtype: str) -> int:
     """Bytes of the base weights that a decode step reads: all but an embedding that is not the head too."""
     looked_up = 0 if cfg.tied else cfg.V * cfg.D
     return ITEMSIZE[dtype] * (sum(math.prod(weight.full_shape) for weight in weights(cfg)) - looked_up)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tinker_jax.models.config import DecoderConfig, Rope
+from tinker_jax.models.dense import DenseConfig
+from tinker_jax.models.rope import Rope
 
 
-def qwen3(D: int, L: int, N: int, F: int, *, tied: bool) -> DecoderConfig:
+def qwen3(D: int, L: int, N: int, F: int, *, tied: bool) -> DenseConfig:
     """A dense Qwen3 of the published family."""
-    return DecoderConfig("qwen3", 151_936, D, F, L, N, 8, 128, Rope(1e6), 1e-6, tied, False, True, 40_960)
+    return DenseConfig("qwen3", 151_936, D, F, L, N, 8, 128, Rope(128, 1e6), 1e-6, tied, False, True, 40_960)
 
 
 MODELS = {
@@ -19,10 +20,10 @@ MODELS = {
     "4B": qwen3(2560, 36, 32, 9728, tied=True),
     "1.7B": qwen3(2048, 28, 16, 6144, tied=True),
 }
-SMOKE_MODEL = replace(MODELS["0.6B"], V=512, D=64, F=96, L=2, N=4, K=2, H=16)
+SMOKE_MODEL = replace(MODELS["0.6B"], V=512, D=64, F=96, L=2, N=4, K=2, H=16, rope=Rope(16, 1e6))
 
 
-def random_weights(cfg: DecoderConfig, mesh: Any) -> dict[str, Any]:
+def random_weights(cfg: DenseConfig, mesh: Any) -> dict[str, Any]:
     """bfloat16 weights where an engine wants them: norms of one, the rest normal with deviation 0.02."""
     import jax
     import jax.numpy as jnp
@@ -41,7 +42,7 @@ def random_weights(cfg: DecoderConfig, mesh: Any) -> dict[str, Any]:
     return {weight.name: make(weight, seed) for seed, weight in enumerate(weights(cfg))}
 
 
-def torch_model(cfg: DecoderConfig, device: str) -> Any:
+def torch_model(cfg: DenseConfig, device: str) -> Any:
     """The same shape in transformers, with weights of its own."""
     import torch
     import transformers

@@ -41,7 +41,7 @@ import _qwen3
 import _sides
 
 from tinker_jax import lora, memory
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.weights import lora_targets
 
 RANK, ITEMSIZE = 16, 2
@@ -65,7 +65,7 @@ SMOKE = Work(32, 64, 1)
 # ---- arithmetic ----
 
 
-def bytes_per_step(cfg: DecoderConfig, rows: int, work: Work) -> float:
+def bytes_per_step(cfg: DenseConfig, rows: int, work: Work) -> float:
     """Bytes that a decode step reads at least, by the formula at the top of this file."""
     embedding = 0 if cfg.tied else cfg.V * cfg.D
     adapter = lora.count(lora.abstract(lora_targets(cfg), RANK, GROUPS))
@@ -94,7 +94,7 @@ def timed(draw: Draw, rows: int, work: Work, repeats: int) -> dict[str, float]:
     return {"whole_s": whole_s, "tokens_per_s": rows * work.new / whole_s, "step_s": (whole_s - half_s) / (work.new - half)}
 
 
-def ours(cfg: DecoderConfig, batches: Sequence[int], work: Work) -> Iterator[dict[str, Any]]:
+def ours(cfg: DenseConfig, batches: Sequence[int], work: Work) -> Iterator[dict[str, Any]]:
     """Results of the batches, one by one."""
     import jax
     import jax.numpy as jnp
@@ -141,7 +141,7 @@ def ours(cfg: DecoderConfig, batches: Sequence[int], work: Work) -> Iterator[dic
         }
 
 
-def peft(cfg: DecoderConfig, batches: Sequence[int], work: Work) -> Iterator[dict[str, Any]]:
+def peft(cfg: DenseConfig, batches: Sequence[int], work: Work) -> Iterator[dict[str, Any]]:
     """The same with torch, on CUDA, or on the CPU for a smoke run; nothing without torch and PEFT."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
         return
@@ -203,7 +203,7 @@ HEADER = [
 ]
 
 
-def lines(name: str, cfg: DecoderConfig, result: dict[str, Any], args: argparse.Namespace) -> Iterator[list[str]]:
+def lines(name: str, cfg: DenseConfig, result: dict[str, Any], args: argparse.Namespace) -> Iterator[list[str]]:
     """A model's lines of the table; a dash is what did not run or is not known."""
     devices = {ran["device"] for side in result.values() for ran in side["batches"].values() if "device" in ran}
     bandwidth = 1e12 * args.bandwidth if args.bandwidth else next((BANDWIDTH.get(device) for device in devices), None)

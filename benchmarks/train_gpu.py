@@ -45,7 +45,7 @@ import _qwen3
 import _sides
 from _qwen3 import MODELS, SMOKE_MODEL
 
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.dense import DenseConfig
 
 RANK, ROWS, TORCH_ROWS, STEPS = 16, 8, 2, 5
 DOCUMENTS = (1024, 512, 256, 128, 64, 64)  # of a packed row of 2,048
@@ -62,7 +62,7 @@ def documents(layout: str, smoke: bool) -> tuple[int, ...]:
 # ---- arithmetic ----
 
 
-def flops_per_token(cfg: DecoderConfig, lengths: Sequence[int], remat: str | None = None, platform: str = "gpu") -> float:
+def flops_per_token(cfg: DenseConfig, lengths: Sequence[int], remat: str | None = None, platform: str = "gpu") -> float:
     """Floating-point operations of LoRA training by the formula at the top of this file.
 
     Args:
@@ -85,7 +85,7 @@ def flops_per_token(cfg: DecoderConfig, lengths: Sequence[int], remat: str | Non
 # ---- sides, each in a child ----
 
 
-def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
+def ours(cfg: DenseConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
     """Results of the layouts, one by one."""
     import jax
 
@@ -121,7 +121,7 @@ def ours(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str |
                 step()
 
 
-def peft(cfg: DecoderConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
+def peft(cfg: DenseConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
     """The same with torch, on CUDA, or on the CPU for a smoke run, `packed` left out; nothing without torch and PEFT."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
         return
@@ -226,7 +226,7 @@ HEADER = [
 ]
 
 
-def rows(name: str, cfg: DecoderConfig, result: dict[str, Any], args: argparse.Namespace) -> Iterator[list[str]]:
+def rows(name: str, cfg: DenseConfig, result: dict[str, Any], args: argparse.Namespace) -> Iterator[list[str]]:
     """A model's lines of the table; a dash is what did not run."""
     for layout in args.layouts:
         ran, warm = (result[kind]["layouts"].get(layout, {}) for kind in ("ours", "warm"))

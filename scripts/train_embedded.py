@@ -29,8 +29,8 @@ import optax
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from tinker_jax.models.config import parse
-from tinker_jax.models.dense import Decoder, unembedding
+from tinker_jax.models.decoder import Decoder, unembedding
+from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import weights
 from tinker_jax.sampling.sampler import Sampler
 from tinker_jax.sharding import make_mesh
@@ -151,7 +151,7 @@ def init_params(seed: int) -> dict[str, jax.Array]:
 
 def loss_fn(params: dict[str, jax.Array], batch: Batch) -> jax.Array:
     """Weighted mean cross entropy."""
-    hidden = Decoder(CFG, params).forward(batch.tokens, batch.positions, batch.segments)
+    hidden, _ = Decoder(CFG, params).forward(batch.tokens, batch.positions, batch.segments)
     logits = hidden @ unembedding(CFG, params).T
     picked = jnp.take_along_axis(logits, batch.targets.reshape(-1, 1), axis=-1)[:, 0]
     weight = batch.weights.reshape(-1)

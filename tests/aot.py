@@ -9,7 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tinker_jax import memory, sharding
 from tinker_jax.losses import default_config
-from tinker_jax.models.config import DecoderConfig, Rope
+from tinker_jax.models.dense import DenseConfig
+from tinker_jax.models.rope import Rope
 from tinker_jax.models.weights import weights
 from tinker_jax.sampling.drawing import Rows
 from tinker_jax.sampling.model_runner import ModelRunner
@@ -18,7 +19,7 @@ from tinker_jax.training import trainer
 from tinker_jax.training.packing import pack
 from tinker_jax.types import LoraConfig
 
-QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
+QWEN3_8B = DenseConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(128, 1e6), 1e-6, False, False, True, 40_960)
 LORA = LoraConfig(rank=32)
 H200 = """
 gpu_device_info {
@@ -42,7 +43,7 @@ def mesh_of(devices, shape: tuple[int, int, int]) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def abstract_params(mesh: Mesh, cfg: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(mesh: Mesh, cfg: DenseConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Base weights in bfloat16, nothing allocated."""
     return {
         w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.bfloat16, sharding=sharding.named(mesh, w.full_axes))
@@ -50,7 +51,7 @@ def abstract_params(mesh: Mesh, cfg: DecoderConfig) -> dict[str, jax.ShapeDtypeS
     }
 
 
-def lower_step(mesh: Mesh, device_bytes: int, cfg: DecoderConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
+def lower_step(mesh: Mesh, device_bytes: int, cfg: DenseConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
     """A micro-batch of cross-entropy as the planner and the packer make it for full rows, bfloat16, LoRA of rank 32 on all."""
     plan = memory.plan(cfg, 2, device_bytes, mesh.shape)
     params = abstract_params(mesh, cfg)
@@ -73,7 +74,7 @@ def lower_sampler(
     device_bytes: int,
     rows: int = 64,
     tokens: int = 4096,
-    cfg: DecoderConfig = QWEN3_8B,
+    cfg: DenseConfig = QWEN3_8B,
     longest: int | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered, int]:
     """A decode chunk of so many rows, and a prefill of 16 chunks of 256 tokens, under an adapter of rank 32, over pages that
@@ -89,10 +90,11 @@ def lower_sampler(
     def abstract(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
-    place = NamedSharding(mesh, runner._paged._pool_spec())
-    pool = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(lambda: runner._empty(runner._pages_each)),
+    kinds, pools = runner._caches.kinds, jax.eval_shape(lambda: runner._empty(runner._pages_each))
+    places = [NamedSharding(mesh, kind._pool_spec()) for kind in kinds]
+    pool = tuple(
+        jax.tree.map(lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), own)
+        for own, place in zip(pools, places, strict=True)
     )
     width = next(width for width in runner.widths if width >= pages_for(longest or cfg.context_length))
     state = jax.tree.map(abstract, Rows.empty(rows, width))
@@ -101,7 +103,7 @@ def lower_sampler(
     table = jax.ShapeDtypeStruct((16, width), jnp.int32, sharding=everywhere)
     prefill = jax.jit(runner._model.prefill_program, donate_argnums=2)
     pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
-    split = parts * (1 if runner._paged._heads() is None else mesh.shape["tensor"])
+    split = parts * (1 if kinds[0]._heads() is None else mesh.shape["tensor"])
     return (
         chunk.lower(params, adapter, pool, state, top=0),
         prefill.lower(params, adapter, pool, ids, ids, table, slots),

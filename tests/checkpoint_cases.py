@@ -17,8 +17,9 @@ from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.records import Kind, RunRecord
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import Store
-from tinker_jax.models.config import DecoderConfig, parse
-from tinker_jax.models.dense import Decoder, unembedding
+from tinker_jax.models.decoder import Decoder, unembedding
+from tinker_jax.models.dense import DenseConfig
+from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import lora_targets, weights
 
 ALL = ("attn", "mlp", "unembed")
@@ -61,7 +62,7 @@ def optimizer(seed: int, rank: int = 4) -> dict:
     return {"mu": adapter(seed + 1, rank), "nu": adapter(seed + 2, rank), "count": jnp.int32(17)}
 
 
-def read_config(directory: Path) -> DecoderConfig:
+def read_config(directory: Path) -> DenseConfig:
     return parse(json.loads((directory / "config.json").read_text()))
 
 
@@ -93,7 +94,7 @@ def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndar
     def run(params, factors, tokens):
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         segments = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
-        h = Decoder(cfg, params).forward(tokens, positions, segments, factors)
+        h, _ = Decoder(cfg, params).forward(tokens, positions, segments, factors)
         logits = h @ unembedding(cfg, params).T
         (update,) = lora.updates(h, [factors.get("lm_head")])
         return logits if update is None else logits + update

@@ -100,7 +100,7 @@ def placed(sampler, tree):
     """An adapter where a sampler's mesh wants it."""
     groups = [name for name, module in (("attn", "q_proj"), ("mlp", "up_proj")) if module in tree.get("layers", {})]
     axes = lora.logical_axes(lora_targets(model()[1]), [*groups, *(["unembed"] if "lm_head" in tree else [])])
-    mesh = sampler._runner._paged.mesh
+    mesh = sampler._runner._caches.mesh
     return jax.tree.map(lambda x, names: jax.device_put(x, sharding.named(mesh, names)), tree, axes)
 
 

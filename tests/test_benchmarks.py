@@ -30,7 +30,7 @@ from jaxprs import equations
 from tinker_jax import lora
 from tinker_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from tinker_jax.memory import base_bytes
-from tinker_jax.models import dense
+from tinker_jax.models.decoder import Decoder, unembedding
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.types import SampleResponse
 
@@ -83,9 +83,9 @@ def test_the_hardware_flops_of_frozen_products_are_those_of_the_traced_step(rema
 
 
 def loss_of(params, adapter, ids, *, cfg, remat):
-    decoder = dense.Decoder(cfg, params)
-    h_MD = decoder.forward(ids, ids, ids, adapter, remat=remat)
-    head = linear_cross_entropy(h_MD, dense.unembedding(cfg, params), ids.reshape(-1, 1), block=cfg.V)
+    decoder = Decoder(cfg, params)
+    h_MD, _ = decoder.forward(ids, ids, ids, adapter, remat=remat)
+    head = linear_cross_entropy(h_MD, unembedding(cfg, params), ids.reshape(-1, 1), block=cfg.V)
     return jnp.sum(head.logprobs_MK)
 
 

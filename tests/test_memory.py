@@ -10,14 +10,16 @@ import tiny
 from tinker_jax import sharding
 from tinker_jax.lora import abstract
 from tinker_jax.memory import POLICIES, Plan, _group_limits, activation_bytes, base_bytes, device_bytes, plan, smaller
-from tinker_jax.models.config import DecoderConfig, Rope, parse
+from tinker_jax.models.dense import DenseConfig
+from tinker_jax.models.registry import parse
+from tinker_jax.models.rope import Rope
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
 from tinker_jax.training.trainer import groups
 from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types import LoraConfig
 
-QWEN3_8B = DecoderConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(1e6), 1e-6, False, False, True, 40_960)
+QWEN3_8B = DenseConfig("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, Rope(128, 1e6), 1e-6, False, False, True, 40_960)
 
 
 def test_base_bytes_are_those_of_the_parameters():
@@ -34,7 +36,7 @@ def test_recomputing_needs_far_less_than_keeping():
 
 @pytest.mark.parametrize("remat", POLICIES)
 def test_the_estimate_is_what_a_compiled_training_step_takes(remat):
-    T, cfg = 2048, DecoderConfig("qwen3", 512, 512, 1536, 5, 8, 4, 64, Rope(1e6), 1e-6, False, False, True, 4096)
+    T, cfg = 2048, DenseConfig("qwen3", 512, 512, 1536, 5, 8, 4, 64, Rope(64, 1e6), 1e-6, False, False, True, 4096)
     params = {w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.float32) for w in weights(cfg)}
     mesh, lora = sharding.make_mesh(None), LoraConfig(rank=32)
     adapter = abstract(lora_targets(cfg), lora.rank, groups(lora))

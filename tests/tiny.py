@@ -81,7 +81,7 @@ def save(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, ma
 
 def base_params(family: str, tiny_model: transformers.PreTrainedModel) -> tuple:
     """(config, flat parameter dict as NumPy) of a transformers model, without going through a file."""
-    from tinker_jax.models.config import parse
+    from tinker_jax.models.registry import parse
     from tinker_jax.models.weights import weights
 
     cfg = parse(tiny_model.config.to_dict())

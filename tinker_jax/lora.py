@@ -1,7 +1,9 @@
 """LoRA adapters as plain pytrees.
 
-`{"layers": {"q_proj": {"a": [L, D, R], "b": [L, R, out]}, …}, "lm_head": {"a": [D, R], "b": [R, V]}}`, float32. The model takes
-an adapter as an argument; the base weights never change.
+`{"layers": {"q_proj": {"a": [L, D, R], "b": [L, R, out]}, …}, "lm_head": {"a": [D, R], "b": [R, V]}}`, float32, with an
+entry for each stack of layers that the model has. Experts share one of the two factors and have one of their own of the other:
+`a` [L, D, R] and `b` [L, 2, E, R, F] of gate and up, `a` [L, E, F, R] and `b` [L, R, D] of down. The model takes an adapter as
+an argument; the base weights never change.
 
 Programs are compiled for a few ranks only: an adapter at work is padded to the next of them with zeros, which change no result
 and which training leaves at zero; one that is stored has its own rank.
@@ -33,6 +35,8 @@ class Target(Protocol):
     """What an adapter must know of a linear (see `tinker_jax.models.weights.LoraTarget`)."""
 
     @property
+    def stack(self) -> str: ...
+    @property
     def module(self) -> str: ...
     @property
     def group(self) -> str: ...
@@ -44,6 +48,10 @@ class Target(Protocol):
     def axes(self) -> tuple[str | None, str | None]: ...
     @property
     def stacked(self) -> int: ...
+    @property
+    def a_lead(self) -> tuple[tuple[int, str | None], ...]: ...
+    @property
+    def b_lead(self) -> tuple[tuple[int, str | None], ...]: ...
 
 
 def scale(rank: int) -> float:
@@ -88,13 +96,14 @@ def _build(targets: Sequence[Target], groups: Sequence[str], make: Callable[[Tar
     for target in targets:
         if target.group in groups:
             factors = {"a": make(target, "a"), "b": make(target, "b")}
-            (tree.setdefault("layers", {}) if target.stacked else tree)[target.module] = factors
+            (tree.setdefault(target.stack, {}) if target.stack else tree)[target.module] = factors
     return tree
 
 
 def _shape(target: Target, factor: str, rank: int) -> tuple[int, ...]:
     matrix = (target.fan_in, rank) if factor == "a" else (rank, target.fan_out)
-    return (target.stacked, *matrix) if target.stacked else matrix
+    lead = tuple(size for size, _ in (target.a_lead if factor == "a" else target.b_lead))
+    return (*([target.stacked] if target.stacked else []), *lead, *matrix)
 
 
 def abstract(targets: Sequence[Target], rank: int, groups: Sequence[str]) -> Adapter:
@@ -107,7 +116,8 @@ def logical_axes(targets: Sequence[Target], groups: Sequence[str]) -> Adapter:
 
     def axes(target: Target, factor: str) -> tuple[str | None, ...]:
         matrix = (target.axes[0], None) if factor == "a" else (None, target.axes[1])
-        return (None, *matrix) if target.stacked else matrix
+        lead = tuple(axis for _, axis in (target.a_lead if factor == "a" else target.b_lead))
+        return (*([None] if target.stacked else []), *lead, *matrix)
 
     return _build(targets, groups, axes)
 
@@ -128,14 +138,18 @@ def init(seed: int, targets: Sequence[Target], rank: int, groups: Sequence[str])
     Returns:
         NumPy arrays, float32.
     """
-    index = {t.module: i for i, t in enumerate(targets)}
+    index = {(t.stack, t.module): i for i, t in enumerate(targets)}
 
     def make(target: Target, factor: str) -> np.ndarray:
         shape = _shape(target, factor, rank)
         if factor == "b":
             return np.zeros(shape, np.float32)
         count = math.prod(shape)
-        words = np.random.Philox(key=[seed % 2**64, index[target.module]]).random_raw(-(-count // 2)).view(np.uint32)[:count]
+        words = (
+            np.random.Philox(key=[seed % 2**64, index[target.stack, target.module]])
+            .random_raw(-(-count // 2))
+            .view(np.uint32)[:count]
+        )
         uniform = (words >> 8).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)  # 24 bits, in [-1, 1)
         return (uniform / np.float32(math.sqrt(target.fan_in))).reshape(shape)
 
@@ -184,7 +198,8 @@ def updates(
 def joined(
     layers: Mapping[str, Mapping[str, Any]], together: Sequence[Sequence[str]], concatenate: Callable[..., Any] = np.concatenate
 ) -> dict[str, dict[str, Any]]:
-    """The factors of all layers, `a` of linears that read the same input side by side, so that `updates` need not join them.
+    """The factors of a stack of layers, `a` of linears that read the same input side by side, so that `updates` need not join
+    them.
 
     Args:
         layers: factors by module.

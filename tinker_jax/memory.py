@@ -14,8 +14,8 @@ from pathlib import Path
 
 import jax
 
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Remat
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import Remat, in_order
 from tinker_jax.models.weights import weights
 from tinker_jax.sharding import MESH_AXES
 
@@ -26,7 +26,6 @@ AT_ONCE_CPU = 2
 """Most micro-batches that a CPU works on at once, see `tinker_jax.training.layer_by_layer`."""
 _MOST_CACHED_CPU = 1 << 16  # tokens; a CPU decodes a few dozen rows at a time, and writes every page of the cache at the start
 _SHORT_ROW = 128  # tokens, the shortest that there is
-_RANK = 32  # Tinker's default; no adapter is known when the plan is made
 
 POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
 """From the fastest to the smallest."""
@@ -140,35 +139,40 @@ def _group_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/
     return found
 
 
-def base_bytes(cfg: DecoderConfig, itemsize: int) -> int:
+def base_bytes(cfg: ModelConfig, itemsize: int) -> int:
     """Bytes of the frozen weights."""
     return itemsize * sum(math.prod(w.full_shape) for w in weights(cfg))
 
 
-def token_bytes(cfg: DecoderConfig, itemsize: int, tensor: int = 1) -> int:
+def token_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> int:
     """Bytes on each device of a token's keys and values; `tensor` devices share the heads where that divides them."""
-    heads = cfg.K if cfg.K % tensor else cfg.K // tensor
-    return 2 * cfg.L * heads * cfg.H * itemsize
+    numbers = 0
+    for stack, _ in in_order(cfg):
+        _, K, H = stack.block.attn.heads
+        numbers += 2 * (K if K % tensor else K // tensor) * H
+    return numbers * itemsize
 
 
-def activation_bytes(cfg: DecoderConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:
+def activation_bytes(cfg: ModelConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:
     """Bytes a token takes on each device: what layers keep from the forward for the backward pass, and one layer's working set.
 
-    Every layer keeps its input. `"attention"` adds attention's output and, float32, its log-sum-exp; `"none"` also q, k, v,
-    gate, up, the output of `o_proj` and what the adapters' first factors made. The working set is one layer computed again
-    with its gradients. `tensor` devices share heads and feed-forward width, but each holds the model's full width.
+    Every layer keeps its input. `"attention"` adds attention's output and, float32, its log-sum-exp; `"none"` also what
+    matrix products made. The working set is that of the largest layer, computed again with its gradients. `tensor` devices
+    share heads and feed-forward width, but each holds the model's full width.
     """
-    heads, kv_heads, width = (-(-x // tensor) for x in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
-    kept = cfg.D
-    if remat != "full":
-        kept += heads + 4 * cfg.N // itemsize // tensor
-    if remat == "none":
-        kept += cfg.D + heads + 2 * kv_heads + 2 * width + 7 * _RANK
-    working = 6 * cfg.D + 4 * heads + 2 * kv_heads + 8 * width
-    return itemsize * (cfg.L * kept + working)
+    kept = working = 0
+    for stack, _ in in_order(cfg):
+        sizes = stack.block.sizes(tensor)
+        kept += itemsize * cfg.D
+        if remat != "full":
+            kept += itemsize * sizes.residuals + 4 * sizes.residuals_f32
+        if remat == "none":
+            kept += itemsize * sizes.products
+        working = max(working, itemsize * sizes.working)
+    return kept + working
 
 
-def least_bytes(cfg: DecoderConfig, itemsize: int, mesh: Mapping[str, int] | None = None) -> int:
+def least_bytes(cfg: ModelConfig, itemsize: int, mesh: Mapping[str, int] | None = None) -> int:
     """Bytes of each device without which nothing can be done: its weights, one short row in training with every layer
     recomputed, and keys and values of as many tokens."""
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
@@ -177,7 +181,7 @@ def least_bytes(cfg: DecoderConfig, itemsize: int, mesh: Mapping[str, int] | Non
     return base_bytes(cfg, itemsize) // (fsdp * tensor) + work
 
 
-def planned_bytes(cfg: DecoderConfig, itemsize: int, plan: Plan, mesh: Mapping[str, int] | None = None) -> dict[str, int]:
+def planned_bytes(cfg: ModelConfig, itemsize: int, plan: Plan, mesh: Mapping[str, int] | None = None) -> dict[str, int]:
     """Bytes of each device that a plan takes, by purpose."""
     data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
     tokens = plan.token_budget // (data * fsdp) * (AT_ONCE_CPU if plan.at_once else 1)
@@ -189,7 +193,7 @@ def planned_bytes(cfg: DecoderConfig, itemsize: int, plan: Plan, mesh: Mapping[s
 
 
 def plan(
-    cfg: DecoderConfig, itemsize: int, memory: int, mesh: Mapping[str, int] | None = None, platform: str | None = None
+    cfg: ModelConfig, itemsize: int, memory: int, mesh: Mapping[str, int] | None = None, platform: str | None = None
 ) -> Plan:
     """Divides the `memory` bytes of each device.
 

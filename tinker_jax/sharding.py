@@ -96,11 +96,9 @@ def views_of_layers(stacked: Any, count: int) -> list[Any]:
     return [jax.device_put(jax.tree.map(lambda x, at=at: x[at], host)) for at in range(count)]
 
 
-def views_of_weights(params: Mapping[str, jax.Array], count: int) -> tuple[list[Any], dict[str, Any]]:
-    """Each layer's weights, and those outside of the layers, of a flat dict on JAX's default device, a CPU."""
-    stacked = {name: x for name, x in params.items() if name.startswith("layers.")}
-    ends = {name: host_view(x) for name, x in params.items() if name not in stacked}
-    return views_of_layers(stacked, count), jax.device_put(ends)
+def views(params: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Arrays of JAX's default device, a CPU, committed to none."""
+    return jax.device_put({name: host_view(x) for name, x in params.items()})
 
 
 def on_default_cpu(mesh: Mesh) -> bool:

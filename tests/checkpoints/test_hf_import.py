@@ -18,7 +18,7 @@ from safetensors.torch import save_file as save_torch
 from tinker_jax import sharding
 from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE, plan, read_header, shards, write
-from tinker_jax.models.config import parse
+from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import Weight, weights
 from tinker_jax.types.errors import NotFoundError, StorageError, UnprocessableEntityError, UnsupportedError
 
@@ -96,7 +96,7 @@ def test_host_memory_stays_near_one_tensor(tmp_path):
     one = width * width * 4
     plans = [plan(f"layer.{i}.w", np.float32, (width, width)) for i in range(layers)]
     write(tmp_path / SINGLE_FILE, plans, (np.full((width, width), i, np.float32) for i in range(layers)))
-    table = [Weight("layers.w.kernel", "layer.{layer}.w", (width, width), (None, None), stacked=layers)]
+    table = [Weight("layers.w.kernel", "layer.{layer}.w", (width, width), (None, None), layers=tuple(range(layers)))]
     load_base(tmp_path, table, jnp.float32, progress=False)  # compiles; what tracing allocates is not the model
     tracemalloc.start()
     params = load_base(tmp_path, table, jnp.float32, progress=False)

@@ -11,8 +11,8 @@ from jaxprs import equations
 
 from tinker_jax import sharding
 from tinker_jax.memory import Plan
-from tinker_jax.models.config import parse
-from tinker_jax.models.dense import Remat
+from tinker_jax.models.decoder import Remat
+from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import weights
 from tinker_jax.programs import Program
 from tinker_jax.training.pending import complete

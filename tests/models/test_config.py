@@ -3,7 +3,8 @@
 import pytest
 import tiny
 
-from tinker_jax.models.config import Rope, parse
+from tinker_jax.models.registry import parse
+from tinker_jax.models.rope import Rope
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 LLAMA = tiny.CONFIGS["llama"]().to_dict()
@@ -13,7 +14,7 @@ QWEN3 = tiny.CONFIGS["qwen3"]().to_dict()
 def test_the_rope_of_both_transformers_formats_is_understood():
     old = {k: v for k, v in LLAMA.items() if k != "rope_parameters"}
     old |= {"rope_theta": 10_000.0, "rope_scaling": {k: v for k, v in tiny.LLAMA3_ROPE.items() if k != "rope_theta"}}
-    assert parse(old).rope == parse(LLAMA).rope == Rope(10_000.0, "llama3", 8.0, 1.0, 4.0, 32)
+    assert parse(old).rope == parse(LLAMA).rope == Rope(8, 10_000.0, "llama3", 8.0, 1.0, 4.0, 32)
 
 
 def test_head_width_falls_back_as_each_family_defines():

@@ -10,8 +10,8 @@ import tiny
 
 from tinker_jax import lora, sharding
 from tinker_jax.kernels.decode_attention import PAGE
-from tinker_jax.models.config import parse
-from tinker_jax.models.dense import SAME_INPUT
+from tinker_jax.models.registry import parse
+from tinker_jax.models.rope import Rope
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
 from tinker_jax.sampling.drawing import DrawOptions, Rows, nothing_drawn
@@ -21,7 +21,7 @@ from tinker_jax.sampling.page_pool import pages_for
 from tinker_jax.sampling.whole_model import WholeModel
 
 # Sizes whose layers begin at multiples of 64 bytes, as those of real models do.
-CONFIG = dataclasses.replace(parse(tiny.CONFIGS["qwen3"]().to_dict()), D=64, F=128, N=4, K=2, H=16, V=256)
+CONFIG = dataclasses.replace(parse(tiny.CONFIGS["qwen3"]().to_dict()), D=64, F=128, N=4, K=2, H=16, V=256, rope=Rope(16, 1e4))
 RANK = 8
 WIDTH = pages_for(CONFIG.context_length)
 PLAIN = DrawOptions()
@@ -48,19 +48,26 @@ def rows(S, live, position=5):
     return out
 
 
+def layers_of(calls):
+    """Of all calls, in order."""
+    return [layer for _, _, layers in calls for layer in layers]
+
+
 def test_a_layers_weights_and_factors_are_views_of_their_stack():
     run, params = runner()
     model, tree = run._model, adapter()
     assert isinstance(model, LayerByLayer)
     model._use(tree)
-    for at, (weights_here, own) in enumerate(zip(sum(model._weights, ()), sum(model._factors, ()), strict=True)):
+    for at, (weights_here, own) in enumerate(
+        zip(*(layers_of(calls) for calls in (model._weights, model._factors)), strict=True)
+    ):
         for name, x in weights_here.items():
-            assert x.unsafe_buffer_pointer() == np.asarray(params[name])[at].ctypes.data, name
+            assert x.unsafe_buffer_pointer() == np.asarray(params[f"layers.{name}"])[at].ctypes.data, name
         stacked = tree["layers"]
         for module, factors in own.items():
-            for factor in ("b",) if any(module in names for names in SAME_INPUT) else ("a", "b"):
+            for factor in ("b",) if any(module in names for names in model._cfg.groups[0][0].block.same_input) else ("a", "b"):
                 assert factors[factor].unsafe_buffer_pointer() == np.asarray(stacked[module][factor])[at].ctypes.data, module
-        for first, *others in SAME_INPUT:
+        for first, *others in model._cfg.groups[0][0].block.same_input:
             side_by_side = np.concatenate([stacked[name]["a"][at] for name in (first, *others)], axis=-1)
             np.testing.assert_array_equal(own[first]["a"], side_by_side)
             assert not any("a" in own[name] for name in others)
@@ -70,21 +77,23 @@ def test_a_layers_weights_and_factors_are_views_of_their_stack():
 @pytest.mark.parametrize("depth, each", [(1, 1), (3, 3), (4, 4), (7, 1), (30, 3), (28, 4)])
 def test_a_program_has_as_many_layers_as_divide_the_depth(depth, each):
     run, _ = runner(depth, pages=1)
-    assert [len(group) for group in run._model._weights] == [each] * (depth // each)
+    assert [len(layers) for _, _, layers in run._model._weights] == [each] * (depth // each)
 
 
 def test_a_step_copies_no_weight():
     """Neither layers nor the draw copy a weight, and layers move no more than 1.3 times their weights and their pages."""
     S = 2
     # Wide enough that weights and pages outweigh activations, as they do in real models.
-    wide = dataclasses.replace(CONFIG, L=2, D=512, F=1024, N=8, K=2, H=64, V=8192)
+    wide = dataclasses.replace(CONFIG, L=2, D=512, F=1024, N=8, K=2, H=64, V=8192, rope=Rope(64, 1e4))
     params = {w.name: jnp.zeros(w.full_shape) for w in weights(wide)}
     run = ModelRunner(wide, params, sharding.make_mesh(), jnp.float32, 5, False)
     model, batch_rows = run._model, rows(S, S)
     h, batch = jax.eval_shape(lambda *args: model._embed_tokens(*args, rank=None), model._ends, *_newest(batch_rows))
     drawn = nothing_drawn(S, 16, 0)
-    layer = jax.jit(model._run_layers, donate_argnums=(3, 4)).lower(
-        model._weights[0], ({}, {}), np.int32(0), h, jax.eval_shape(lambda: run._empty(5)), batch_rows.table, batch
+    _, _, own = model._weights[0]
+    pools = jax.eval_shape(lambda: run._empty(5))
+    layer = jax.jit(model._run_layers, static_argnames="group", donate_argnums=(3, 4)).lower(
+        own, ({}, {}), np.int32(0), h, pools, batch_rows.table, batch, group=0
     )
     draw = jax.jit(model._draw_tokens, static_argnames="filters", donate_argnums=(3, 4, 5)).lower(
         model._ends, None, h, batch, batch_rows._replace(table=None), drawn, np.int32(0), filters=True
@@ -93,7 +102,7 @@ def test_a_step_copies_no_weight():
     def nbytes(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    weight_bytes, page_bytes = nbytes(model._weights[0]), wide.L * 2 * wide.K * wide.H * PAGE * 4
+    weight_bytes, page_bytes = nbytes(own), wide.L * 2 * wide.K * wide.H * PAGE * 4
     for lowered, least in ((layer, weight_bytes), (draw, wide.V * wide.D * 4)):
         compiled = lowered.compile()
         copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]
@@ -123,7 +132,7 @@ def test_layer_by_layer_draws_what_the_whole_model_in_one_program_draws():
     run, params = runner()
     whole, _ = runner()
     cfg = dataclasses.replace(CONFIG, L=3)
-    whole._model = WholeModel(cfg, params, whole._paged, 16, unstack=False)
+    whole._model = WholeModel(cfg, params, whole._caches, 16, unstack=False)
     tree, some = adapter(), rows(4, 3)
     one, other = run.read(run.decode(tree, some, DrawOptions(top=4))), whole.read(whole.decode(tree, some, DrawOptions(top=4)))
     np.testing.assert_array_equal(one.count, [16, 16, 16, 0])

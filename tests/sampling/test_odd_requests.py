@@ -11,7 +11,7 @@ import pytest
 import tiny
 from odd_values import BY_NAME, INF, SCALARS, Odd, either, none, outcome, real, text, truth, whole
 
-from tinker_jax.models.config import parse as parse_config
+from tinker_jax.models.registry import parse as parse_config
 from tinker_jax.sampling.requests import parse
 from tinker_jax.types import ModelInput, SampleRequest, SamplingParams, TensorData
 from tinker_jax.types._show import brief

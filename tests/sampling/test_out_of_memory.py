@@ -79,7 +79,7 @@ def frugal(sampler, monkeypatch):
 
 def pool_pages(sampler):
     """Of each layer, as they are on the device."""
-    return sampler._runner._pages.k.shape[0] // sampler._cfg.L
+    return sampler._runner._pages[0].k.shape[0] // sampler._cfg.L
 
 
 @pytest.mark.parametrize(("name", "calls"), [*((name, {0}) for name in ONCE), *((name, {1}) for name in OFTEN)])
@@ -175,7 +175,7 @@ def test_a_cache_that_does_not_fit_when_the_model_loads_is_made_smaller(monkeypa
         sampler.allocate()
     assert sampler._pages == 16 and sampler.cache_bytes == 17 * sampler._page_bytes
     assert pool_pages(sampler) == 17
-    assert sampler._runner._pool is not None and sampler._rows[-1] == 256
+    assert sampler._runner._pools is not None and sampler._rows[-1] == 256
     assert run(sampler, ask(tokens_of(3), max_tokens=2, stop=[]))[0].sequences[0].tokens
     with monkeypatch.context() as patch, pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         sampler._runner.release()

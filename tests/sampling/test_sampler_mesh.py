@@ -45,7 +45,7 @@ def test_eight_devices_draw_what_one_draws(spread):
     for future, request, response, reference in futures:
         same(future.result(0), response)
         check(reference, request.prompt.to_ints(), future.result(0))
-    pool = spread._runner._pool.k
+    pool = spread._runner._pools[0].k
     assert pool.addressable_shards[0].data.shape[:2] == (pool.shape[0] // 4, 1)  # pages over 4, 2 key heads over 2
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from sampler_cases import CONTEXT, ask, check, finish, make, model, same, spy, submit, tokens_of
 
-from tinker_jax.sampling import model_runner, page_pool
+from tinker_jax.models import caches
+from tinker_jax.sampling import page_pool
 from tinker_jax.sampling.page_pool import pages_for, table_widths
 
 MOST = pages_for(CONTEXT)
@@ -61,13 +62,13 @@ def test_deterministic_programs_have_one_width(narrow):
 
 def limit_tables(monkeypatch, count):
     """Samplers made from now on have calls that hold so many tables for the whole context."""
-    make_attention = model_runner.paged_attention_on
+    make_attention = caches.paged_attention_on
 
     def limited(*args):
         paged = make_attention(*args)
         return dataclasses.replace(paged, backend=dataclasses.replace(paged.backend, most_entries=count * MOST))
 
-    monkeypatch.setattr(model_runner, "paged_attention_on", limited)
+    monkeypatch.setattr(caches, "paged_attention_on", limited)
 
 
 def test_rows_that_do_not_fit_one_call_are_decoded_in_several(narrow, monkeypatch):

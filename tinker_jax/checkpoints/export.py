@@ -27,7 +27,7 @@ from tinker_jax.checkpoints.records import CheckpointRecord
 from tinker_jax.checkpoints.state import read_adapter, read_meta
 from tinker_jax.checkpoints.store import Store
 from tinker_jax.checkpoints.tensor_files import TensorEntry
-from tinker_jax.models.config import parse
+from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.types.errors import (
     BadRequestError,
@@ -200,7 +200,7 @@ def _open(path: str, home: str | os.PathLike[str] | None, base_model: str | None
     factors: dict[str, _Factors] = {}
     modules = []
     for target in lora_targets(cfg):
-        prefix = f"layers.{target.module}" if target.stacked else target.module
+        prefix = f"{target.stack}.{target.module}" if target.stack else target.module
         if f"{prefix}.a" not in adapter:
             continue
         a, b = adapter.pop(f"{prefix}.a"), adapter.pop(f"{prefix}.b")

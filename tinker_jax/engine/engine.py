@@ -47,7 +47,7 @@ from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInpu
 from tinker_jax.types.errors import BadRequestError, NotFoundError, StateError, UnprocessableEntityError
 
 if TYPE_CHECKING:
-    from tinker_jax.models.config import DecoderConfig
+    from tinker_jax.models.config import ModelConfig
     from tinker_jax.types import AdamParams, SampleRequest, SampleResponse
 
 logger = logging.getLogger("tinker_jax")
@@ -240,7 +240,7 @@ class Engine:
         with _engines_lock:
             _leaving.discard(self)
 
-    def _plan(self, cfg: DecoderConfig, itemsize: int, mesh: Mesh) -> memory.Plan:
+    def _plan(self, cfg: ModelConfig, itemsize: int, mesh: Mesh) -> memory.Plan:
         """Divides what other engines leave of the memory, and sets it aside.
 
         Raises:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tinker_jax.checkpoints.hub import load_tokenizer, read_json
-from tinker_jax.models.config import DecoderConfig, parse
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.registry import parse
 from tinker_jax.types import _check
 
 _MOST_ID = 2**31 - 1  # token ids are int32
 
 
-def read_config(directory: Path) -> DecoderConfig:
+def read_config(directory: Path) -> ModelConfig:
     """Shape of the model, from config.json.
 
     Raises:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.config import ModelConfig
 
 LoraGroup = Literal["attn", "mlp", "unembed"]
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor in a file that holds all experts of a layer, and how one expert's part becomes ours.
+
+    Which of several orders a family's files have is known from the family, never from shapes: a square tensor has no order.
+
+    Attributes:
+        hf: Hugging Face name, with `{layer}`.
+        shape: of the tensor, experts first.
+        axis: of an expert's part, along which our weight is cut out of it.
+        first, step: of the cut. Its length is our weight's.
+        transposed: the cut is turned round.
+    """
+
+    hf: str
+    shape: tuple[int, ...]
+    axis: int = 0
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -16,19 +39,32 @@ class Weight:
 
     Attributes:
         name: key in the flat parameter dict, e.g. `"layers.q_proj.kernel"`.
-        hf: Hugging Face name; `{layer}` stands for the layer's number when `stacked`.
+        hf: Hugging Face name; `{layer}` stands for the layer's number when `layers` are given, `{expert}` for an expert's.
         shape: shape in our layout, without the leading layer axis.
         axes: logical axis of each dimension of `shape` (see `tinker_jax.sharding.RULES`).
-        stacked: number of layers stacked on a leading axis, 0 for a weight outside the layers.
+        layers: numbers of the model's layers that are stacked on a leading axis; none for a weight outside the layers.
         lora: group that trains an adapter on it, or None.
+        fused: of an expert's weight: another form that files may have; the only one where `hf` has no `{expert}`.
+        adapter: name of the adapter's module; weights of one name have one adapter.
+        shares: of an expert's weight: the factor of its adapter that all experts share.
+        exact: stays float32 whatever the model's dtype.
     """
 
     name: str
     hf: str
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    stacked: int = 0
+    axes: Axes
+    layers: tuple[int, ...] = ()
     lora: LoraGroup | None = None
+    fused: Fused | None = None
+    adapter: str = ""
+    shares: Literal["a", "b"] | None = None
+    exact: bool = False
+
+    @property
+    def stacked(self) -> int:
+        """Number of layers on the leading axis; 0: there is none."""
+        return len(self.layers)
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -36,7 +72,7 @@ class Weight:
         return (self.stacked, *self.shape) if self.stacked else self.shape
 
     @property
-    def full_axes(self) -> tuple[str | None, ...]:
+    def full_axes(self) -> Axes:
         """Logical axes in the parameter dict; the layer axis is never cut."""
         return (None, *self.axes) if self.stacked else self.axes
 
@@ -45,33 +81,34 @@ class Weight:
         """Name of the module it belongs to, e.g. `"q_proj"`, `"lm_head"`."""
         return self.name.split(".")[-2]
 
+    @property
+    def experts(self) -> int:
+        """Number of experts on the first axis of `shape`; 0: it belongs to none."""
+        return self.shape[0] if self.axes[0] == "experts" else 0
 
-def weights(cfg: DecoderConfig) -> tuple[Weight, ...]:
-    """Every weight of a dense decoder, in the order of its forward pass."""
+
+def linear(module: str, hf: str, shape: tuple[int, int], axes: Axes, lora: LoraGroup, bias: bool = False) -> list[Weight]:
+    """Rows of a linear of a layer, [out, in] as files hold it; `hf` is its path below the layer."""
+    rows = [Weight(f"{module}.kernel", f"{hf}.weight", shape, axes, lora=lora)]
+    if bias:
+        rows.append(Weight(f"{module}.bias", f"{hf}.bias", shape[:1], axes[:1]))
+    return rows
+
+
+def norm(module: str, hf: str, width: int) -> Weight:
+    """Row of a norm of a layer."""
+    return Weight(f"{module}.scale", f"{hf}.weight", (width,), (None,))
+
+
+def weights(cfg: ModelConfig) -> tuple[Weight, ...]:
+    """Every weight of a decoder, in the order of its forward pass."""
     table = [Weight("embed.embedding", "model.embed_tokens.weight", (cfg.V, cfg.D), ("vocab", "embed"))]
-
-    def norm(name: str, hf: str, width: int) -> None:
-        table.append(Weight(f"layers.{name}.scale", f"model.layers.{{layer}}.{hf}.weight", (width,), (None,), stacked=cfg.L))
-
-    def linear(module: str, hf: str, shape: tuple[int, int], axes: tuple[str, str], lora: LoraGroup, bias: bool) -> None:
-        prefix = f"model.layers.{{layer}}.{hf}.{module}"
-        table.append(Weight(f"layers.{module}.kernel", f"{prefix}.weight", shape, axes, stacked=cfg.L, lora=lora))
-        if bias:
-            table.append(Weight(f"layers.{module}.bias", f"{prefix}.bias", shape[:1], axes[:1], stacked=cfg.L))
-
-    q, kv = cfg.N * cfg.H, cfg.K * cfg.H
-    norm("attn_norm", "input_layernorm", cfg.D)
-    linear("q_proj", "self_attn", (q, cfg.D), ("heads", "embed"), "attn", cfg.qkv_bias)
-    linear("k_proj", "self_attn", (kv, cfg.D), ("kv_heads", "embed"), "attn", cfg.qkv_bias)
-    linear("v_proj", "self_attn", (kv, cfg.D), ("kv_heads", "embed"), "attn", cfg.qkv_bias)
-    if cfg.qk_norm:
-        norm("q_norm", "self_attn.q_norm", cfg.H)
-        norm("k_norm", "self_attn.k_norm", cfg.H)
-    linear("o_proj", "self_attn", (cfg.D, q), ("embed", "heads"), "attn", False)
-    norm("mlp_norm", "post_attention_layernorm", cfg.D)
-    linear("gate_proj", "mlp", (cfg.F, cfg.D), ("mlp", "embed"), "mlp", False)
-    linear("up_proj", "mlp", (cfg.F, cfg.D), ("mlp", "embed"), "mlp", False)
-    linear("down_proj", "mlp", (cfg.D, cfg.F), ("embed", "mlp"), "mlp", False)
+    for group in cfg.groups:
+        for stack in group:
+            for row in stack.block.weights():
+                fused = row.fused and replace(row.fused, hf=f"model.layers.{{layer}}.{row.fused.hf}")
+                hf = f"model.layers.{{layer}}.{row.hf}"
+                table.append(replace(row, name=f"{stack.name}.{row.name}", hf=hf, layers=stack.layers, fused=fused))
     table.append(Weight("final_norm.scale", "model.norm.weight", (cfg.D,), (None,)))
     if not cfg.tied:
         table.append(Weight("lm_head.kernel", "lm_head.weight", (cfg.V, cfg.D), ("vocab", "embed"), lora="unembed"))
@@ -80,22 +117,46 @@ def weights(cfg: DecoderConfig) -> tuple[Weight, ...]:
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """A linear that an adapter can train: `y = x Wᵀ + scale · (x a) b`, `a` [D_in, R], `b` [R, D_out]."""
+    """Linears that an adapter can train: `y = x Wᵀ + scale · (x a) b`, `a` [D_in, R], `b` [R, D_out].
 
+    Attributes:
+        stack: of the layers it belongs to, e.g. `"layers"`; empty outside of them.
+        module: its name there, e.g. `"q_proj"`.
+        group: that trains it.
+        fan_in, fan_out: D_in and D_out.
+        axes: logical axes of the two.
+        stacked: layers on the leading axis of both factors, 0 where there is none.
+        a_lead, b_lead: further leading axes of a factor, as (length, logical axis): experts, and gate and up.
+    """
+
+    stack: str
     module: str
     group: LoraGroup
     fan_in: int
     fan_out: int
     axes: tuple[str | None, str | None]
     stacked: int
+    a_lead: tuple[tuple[int, str | None], ...] = ()
+    b_lead: tuple[tuple[int, str | None], ...] = ()
 
 
-def lora_targets(cfg: DecoderConfig) -> tuple[LoraTarget, ...]:
-    """Linears with a LoRA group; the unembedding is one even when it shares the embedding's matrix."""
-    targets = [
-        LoraTarget(w.module, w.lora, w.shape[1], w.shape[0], (w.axes[1], w.axes[0]), w.stacked)
-        for w in weights(cfg)
-        if w.lora in ("attn", "mlp")
-    ]
-    targets.append(LoraTarget("lm_head", "unembed", cfg.D, cfg.V, ("embed", "vocab"), 0))
+def lora_targets(cfg: ModelConfig) -> tuple[LoraTarget, ...]:
+    """Linears with a LoRA group; the unembedding is one even when it shares the embedding's matrix.
+
+    Experts have one factor for all of them and one of their own each: those that read the model's width share `a`, those that
+    write it share `b`, so that the wide product of the adapter is a plain one.
+    """
+    rows: dict[tuple[str, str], list[Weight]] = {}
+    for w in weights(cfg):
+        if w.lora in ("attn", "mlp"):
+            rows.setdefault((w.name.split(".")[0], w.adapter or w.module), []).append(w)
+    targets = []
+    for (stack, module), own in rows.items():
+        w = own[0]
+        assert w.lora is not None
+        (fan_out, fan_in), (out_axis, in_axis) = w.shape[-2:], w.axes[-2:]
+        of_expert = ((w.experts, "experts"),)
+        a_lead, b_lead = {None: ((), ()), "a": ((), ((len(own), None), *of_expert)), "b": (of_expert, ())}[w.shares]
+        targets.append(LoraTarget(stack, module, w.lora, fan_in, fan_out, (in_axis, out_axis), w.stacked, a_lead, b_lead))
+    targets.append(LoraTarget("", "lm_head", "unembed", cfg.D, cfg.V, ("embed", "vocab"), 0))
     return tuple(targets)

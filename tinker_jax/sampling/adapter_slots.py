@@ -138,7 +138,7 @@ def describe(adapter: Adapter | None) -> str:
     """Names an adapter's shape: adapters of equal names share programs."""
     if not adapter:
         return "base"
-    modules = {**adapter.get("layers", {}), **({"lm_head": adapter["lm_head"]} if "lm_head" in adapter else {})}
+    modules = {module for stack, node in adapter.items() for module in ([stack] if "a" in node else node)}
     return f"rank {_rank(adapter)} on {'+'.join(sorted(modules))}"
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import Pages, paged_attention_on
 from tinker_jax.lora import Adapter
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.caches import Caches, Pools
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import batch_name
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
@@ -85,7 +85,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        cfg: DecoderConfig,
+        cfg: ModelConfig,
         params: Mapping[str, jax.Array],
         mesh: Mesh,
         dtype: Any,
@@ -96,15 +96,15 @@ class ModelRunner:
         self._cfg, self._pages_each, self._parts = cfg, pages, sharding.parts(mesh, "rows")
         most = pages_for(cfg.context_length)
         self.widths = [most] if one_width else table_widths(most)
-        self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
+        self._caches = Caches(cfg, mesh, dtype)
         self._by_layer = sharding.on_default_cpu(mesh)
         self._new_model = (
-            partial(LayerByLayer, cfg, params, self._paged, STEPS)
+            partial(LayerByLayer, cfg, params, self._caches, STEPS)
             if self._by_layer
-            else partial(WholeModel, cfg, params, self._paged, STEPS, unstack)
+            else partial(WholeModel, cfg, params, self._caches, STEPS, unstack)
         )
         self._model = self._new_model()
-        self._pool: Pages | None = None
+        self._pools: Pools | None = None
         self._missed: collections.Counter[Hashable] = collections.Counter()
         self._seconds: dict[str, float] = {}  # that the last call of a size took
         self._read = 0.0  # when the last call was read
@@ -123,11 +123,11 @@ class ModelRunner:
         return self._make.count + self._copy.count + self._model.programs
 
     @property
-    def _pages(self) -> Pages:
+    def _pages(self) -> Pools:
         """Made at their first use."""
-        pool = self._pool if self._pool is not None else self._make(shape="", pages=self._pages_each)
-        self._pool = pool
-        return pool
+        pools = self._pools if self._pools is not None else self._make(shape="", pages=self._pages_each)
+        self._pools = pools
+        return pools
 
     def allocate(self) -> None:
         """Makes the pool, unless it is there."""
@@ -135,7 +135,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Gives the memory back."""
-        self._pool = None
+        self._pools = None
 
     def resize(self, pages: int) -> None:
         """So many pages from now on. What they held is gone, and programs are compiled for the new shape."""
@@ -154,7 +154,7 @@ class ModelRunner:
     @property
     def most_rows_of_a_part(self) -> int:
         """Rows of each part whose narrowest tables one call holds, at least one."""
-        entries = self._paged.backend.most_entries
+        entries = self._caches.most_entries
         return sys.maxsize if entries is None else max(1, entries // self.widths[0])
 
     def most_rows(self, sizes: Sequence[int], pages: int) -> int:
@@ -168,7 +168,7 @@ class ModelRunner:
 
     def _shapes(self, sizes: Sequence[int], pages: int) -> list[tuple[int, int]]:
         """Rows and pages of the tables that would do, best first."""
-        most = self._paged.backend.most_entries
+        most = self._caches.most_entries
         shapes = itertools.product(sizes, [width for width in self.widths if width >= pages])
         return [(size, width) for size, width in shapes if most is None or size // self._parts * width <= most]
 
@@ -272,7 +272,7 @@ class ModelRunner:
             shape, _ = self._choice(self._shapes(sizes, longest), adapter, options)
             if not self._model.is_ready(*shape, adapter, options):
                 self._prepare_decode(shape, adapter, options)
-        h_RTD, self._pool = self._model.prefill(adapter, self._pages, *batch)
+        h_RTD, self._pools = self._model.prefill(adapter, self._pages, *batch)
         return h_RTD
 
     def decode(self, adapter: Adapter | None, rows: Rows, options: DrawOptions) -> Decoding:
@@ -285,7 +285,7 @@ class ModelRunner:
         """
         S, W = rows.table.shape
         compiled, begun = self._model.is_ready(S, W, adapter, options), time.perf_counter()
-        self._pool, after, drawn = self._model.decode(adapter, self._pages, rows, options)
+        self._pools, after, drawn = self._model.decode(adapter, self._pages, rows, options)
         size = batch_name(rows.token.shape, adapter)
         return Decoding(adapter, after, drawn, size, begun if compiled else None)
 
@@ -299,19 +299,26 @@ class ModelRunner:
 
     def copy(self, pairs: Sequence[tuple[int, int, int]]) -> None:
         """Copies pages in every layer: (part of the rows, from, to), none of them both read and written."""
-        layers = np.arange(self._cfg.L, dtype=np.int32)
         for first in range(0, len(pairs), _COPIES):
-            ids = np.zeros((2, self._cfg.L, _COPIES), np.int32)
-            for i, (part, *pages) in enumerate(pairs[first : first + _COPIES]):
-                ids[:, :, i] = (part * self._cfg.L + layers) * self._pages_each + np.array(pages)[:, None]
-            self._pool = self._copy(self._pages, ids.reshape(2, -1), shape="")
+            some = pairs[first : first + _COPIES]
+            ids = [self._of_all_layers(some, layers) for layers in self._caches.layers]
+            self._pools = self._copy(self._pages, ids, shape="")
 
-    def _empty(self, pages: int) -> Pages:
-        pages *= self._cfg.L
+    def _of_all_layers(self, pairs: Sequence[tuple[int, int, int]], layers: int) -> np.ndarray:
+        """Pages of a pool of so many layers, int32 [2, layers · `_COPIES`]: from and to; page 0 fills up."""
+        ids, of_layers = np.zeros((2, layers, _COPIES), np.int32), np.arange(layers, dtype=np.int32)
+        for i, (part, *pages) in enumerate(pairs):
+            ids[:, :, i] = (part * layers + of_layers) * self._pages_each + np.array(pages)[:, None]
+        return ids.reshape(2, -1)
+
+    def _empty(self, pages: int) -> Pools:
         # Committed to no device, like everything else that these programs take: else each would be compiled twice.
-        return self._paged.backend.empty(pages, self._cfg.K) if self._by_layer else self._paged.empty(pages)
+        return self._caches.empty_anywhere(pages) if self._by_layer else self._caches.empty(pages)
 
 
-def _copy_pages(pages: Pages, ids_2N: jax.Array) -> Pages:
-    origin, to = ids_2N
-    return jax.tree.map(lambda x: x.at[to].set(x[origin]), pages)
+def _copy_pages(pools: Pools, ids: Sequence[jax.Array]) -> Pools:
+    def copy(pool: Any, ids_2N: jax.Array) -> Any:
+        origin, to = ids_2N
+        return jax.tree.map(lambda x: x.at[to].set(x[origin]), pool)
+
+    return tuple(copy(pool, own) for pool, own in zip(pools, ids, strict=True))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.sampling.drawing import device_temperature, seed_words
 from tinker_jax.sampling.stops import StopRule, stop_rule
 from tinker_jax.types.errors import BadRequestError, UnsupportedError
@@ -76,7 +76,7 @@ class Request:
         return len(self.prompt) - 1 - min(self.last_n, len(self.prompt) - 1) * bool(scored)
 
 
-def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int], cache_tokens: int) -> Request:
+def parse(request: SampleRequest, cfg: ModelConfig, eos_ids: Sequence[int], cache_tokens: int) -> Request:
     """Checks a request against the model.
 
     `max_tokens` beyond the context is clipped to it (the sequence then ends with reason `"length"`); None is all that context
@@ -125,7 +125,7 @@ def parse(request: SampleRequest, cfg: DecoderConfig, eos_ids: Sequence[int], ca
     )
 
 
-def _prompt(request: SampleRequest, cfg: DecoderConfig) -> np.ndarray:
+def _prompt(request: SampleRequest, cfg: ModelConfig) -> np.ndarray:
     for i, chunk in enumerate(request.prompt.chunks):
         if chunk.type != "encoded_text":
             raise UnsupportedError(

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from tinker_jax import memory, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.lora import Adapter
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.sampling.adapter_slots import AdapterSlots
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows
 from tinker_jax.sampling.model_runner import STEPS, Chunk, Decoding, ModelRunner
@@ -90,7 +90,7 @@ class Sampler:
 
     def __init__(
         self,
-        cfg: DecoderConfig,
+        cfg: ModelConfig,
         params: Mapping[str, jax.Array],
         *,
         mesh: Mesh,

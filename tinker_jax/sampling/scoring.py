@@ -14,8 +14,9 @@ import numpy as np
 
 from tinker_jax.kernels.linear_cross_entropy import default_tile, head_logits, linear_cross_entropy, linear_top_k
 from tinker_jax.lora import Adapter
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Params, unembedding
+from tinker_jax.models.block import Params
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import unembedding
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import describe
 from tinker_jax.sampling.drawing import noise, tempered_logprobs
@@ -85,7 +86,7 @@ class Scorer:
         params: base weights.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Params) -> None:
+    def __init__(self, cfg: ModelConfig, params: Params) -> None:
         self._cfg, self._params = cfg, params
         self._targets = Program(self._score_targets, "prompt logprobs")
         self._top = Program(self._score_top, "prompt top-k", static=["k"])

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PagedAttention, Pages
 from tinker_jax.kernels.linear_cross_entropy import head_logits
 from tinker_jax.lora import Adapter, joined
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import SAME_INPUT, Decoder, Params, unembedding
+from tinker_jax.models.block import Params
+from tinker_jax.models.caches import Caches, Pools
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import Decoder, stacks, unembedding
 from tinker_jax.programs import Program
 from tinker_jax.sampling.adapter_slots import adapter_rank, batch_name
 from tinker_jax.sampling.drawing import Drawn, DrawOptions, Rows, advance, nothing_drawn, own_slots
@@ -24,14 +25,14 @@ class WholeModel:
     Args:
         cfg: shape of the model.
         params: base weights, placed on the mesh. They are arguments of every program, never constants in one.
-        paged: the attention over pages of the mesh.
+        caches: of the model and its mesh.
         steps: most tokens a row draws in a chunk.
         unstack: cut each layer's weights out of the stack once a chunk, see `tinker_jax.memory.plan`.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Params, paged: PagedAttention, steps: int, unstack: bool) -> None:
-        self._cfg, self._params, self._paged, self._steps, self._unstack = cfg, params, paged, steps, unstack
-        self._everywhere = sharding.replicated(paged.mesh)
+    def __init__(self, cfg: ModelConfig, params: Params, caches: Caches, steps: int, unstack: bool) -> None:
+        self._cfg, self._params, self._caches, self._steps, self._unstack = cfg, params, caches, steps, unstack
+        self._everywhere = sharding.replicated(caches.mesh)
         self._prefill = Program(self.prefill_program, "prefill", donate=[2])
         self._decode = Program(self.decode_program, "decode", static=["top"], donate=[2])
 
@@ -41,34 +42,34 @@ class WholeModel:
         return self._prefill.count + self._decode.count
 
     def prefill(
-        self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
-    ) -> tuple[jax.Array, Pages]:
-        """Hidden states [R, T, D], and the pool, which is donated."""
-        args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
+        self, adapter: Adapter | None, pools: Pools, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
+    ) -> tuple[jax.Array, Pools]:
+        """Hidden states [R, T, D], and the pools, which are donated."""
+        args = self._params, adapter, pools, tokens_RT, positions_RT, tables_RW, slots_R2
         return self._prefill(*args, shape=batch_name(tokens_RT.shape, adapter, tables_RW.shape[1]))
 
-    def decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> tuple[Pages, Rows, Drawn]:
-        """Up to `steps` tokens for every live row; the pool is donated. The program always has the filters.
+    def decode(self, adapter: Adapter | None, pools: Pools, rows: Rows, options: DrawOptions) -> tuple[Pools, Rows, Drawn]:
+        """Up to `steps` tokens for every live row; the pools are donated. The program always has the filters.
 
         Returns:
-            The pool, the rows as they will stand after it, and what they will have drawn; nothing is waited for.
+            The pools, the rows as they will stand after it, and what they will have drawn; nothing is waited for.
         """
         rows = jax.device_put(rows, self._everywhere)  # as the program returns them: the same program takes these
         shape = batch_name(rows.token.shape, adapter, rows.table.shape[1])
-        return self._decode(self._params, adapter, pages, rows, top=options.top, shape=shape)
+        return self._decode(self._params, adapter, pools, rows, top=options.top, shape=shape)
 
     def prepare_prefill(
-        self, adapter: Adapter | None, pages: Pages, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
+        self, adapter: Adapter | None, pools: Pools, tokens_RT: Any, positions_RT: Any, tables_RW: Any, slots_R2: Any
     ) -> None:
         """Has what a prefill of this shape needs compiled on another thread."""
-        args = self._params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2
+        args = self._params, adapter, pools, tokens_RT, positions_RT, tables_RW, slots_R2
         self._prefill.prepare(*args, shape=batch_name(tokens_RT.shape, adapter, tables_RW.shape[1]))
 
-    def prepare_decode(self, adapter: Adapter | None, pages: Pages, rows: Rows, options: DrawOptions) -> None:
+    def prepare_decode(self, adapter: Adapter | None, pools: Pools, rows: Rows, options: DrawOptions) -> None:
         """Has what decoding such rows needs compiled on another thread."""
         shape = batch_name(rows.token.shape, adapter, rows.table.shape[1])
         rows = jax.device_put(rows, self._everywhere)
-        self._decode.prepare(self._params, adapter, pages, rows, top=options.top, shape=shape)
+        self._decode.prepare(self._params, adapter, pools, rows, top=options.top, shape=shape)
 
     def is_ready(self, S: int, W: int, adapter: Adapter | None, options: DrawOptions) -> bool:
         """Is the program compiled that decodes S rows of up to W pages?"""
@@ -85,20 +86,24 @@ class WholeModel:
         """Gives the weights back; nothing can be run any more."""
         self._params = {}
 
-    def prefill_program(self, params, adapter, pages, tokens_RT, positions_RT, tables_RW, slots_R2):
+    def prefill_program(self, params, adapter, pools, tokens_RT, positions_RT, tables_RW, slots_R2):
         R, T = tokens_RT.shape
         decoder, slots = Decoder(self._cfg, params), own_slots(slots_R2, adapter_rank(adapter))
         slots_MR = None if slots is None else jnp.repeat(slots, T, axis=0)
-        h_MD, pages = decoder.extend(tokens_RT, positions_RT, tables_RW, pages, adapter, slots_MR, paged=self._paged)
-        return h_MD.reshape(R, T, -1), pages
+        h_MD, pools = decoder.extend(tokens_RT, positions_RT, tables_RW, pools, adapter, slots_MR, caches=self._caches)
+        return h_MD.reshape(R, T, -1), pools
 
-    def decode_program(self, params, adapter, pages, rows, *, top):
+    def decode_program(self, params, adapter, pools, rows, *, top):
         """Ends early when no row is live."""
         decoder, kernel_VD = Decoder(self._cfg, params), unembedding(self._cfg, params)
         head = (adapter or {}).get("lm_head")
         if adapter is not None:  # what every step would else do with the factors
-            factors = joined(adapter.get("layers", {}), SAME_INPUT, jnp.concatenate)
-            adapter = {"layers": jax.tree.map(lambda x: x.astype(kernel_VD.dtype), factors)}
+            adapter = {
+                stack.name: joined(adapter[stack.name], stack.block.same_input, jnp.concatenate)
+                for stack in stacks(self._cfg)
+                if stack.name in adapter
+            }
+            adapter = jax.tree.map(lambda x: x.astype(kernel_VD.dtype), adapter)
         layers = decoder.unstacked(adapter) if self._unstack else None
         rows = Rows(*(jnp.asarray(x) for x in rows))
         table, slots = rows.table, own_slots(rows.slots, adapter_rank(adapter))
@@ -108,12 +113,14 @@ class WholeModel:
             return (step < self._steps) & jnp.any(rows.live)
 
         def one_step(carry):
-            step, pages, rows, drawn = carry
+            step, pools, rows, drawn = carry
             position_S1, token_S1 = jnp.where(rows.live, rows.position, -1)[:, None], rows.token[:, None]
-            h_SD, pages = decoder.extend(token_S1, position_S1, table, pages, adapter, slots, paged=self._paged, layers=layers)
+            h_SD, pools = decoder.extend(
+                token_S1, position_S1, table, pools, adapter, slots, caches=self._caches, layers=layers
+            )
             rows, drawn = advance(head_logits(h_SD, kernel_VD, head, slots), rows, drawn, step)
-            return step + 1, pages, rows, drawn
+            return step + 1, pools, rows, drawn
 
-        start = jnp.int32(0), pages, rows, jax.tree.map(jnp.asarray, nothing_drawn(rows.token.shape[0], self._steps, top))
-        _, pages, rows, drawn = jax.lax.while_loop(unfinished, one_step, start)
-        return pages, jax.lax.with_sharding_constraint(rows, self._everywhere), drawn
+        start = jnp.int32(0), pools, rows, jax.tree.map(jnp.asarray, nothing_drawn(rows.token.shape[0], self._steps, top))
+        _, pools, rows, drawn = jax.lax.while_loop(unfinished, one_step, start)
+        return pools, jax.lax.with_sharding_constraint(rows, self._everywhere), drawn

@@ -20,17 +20,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
-from tinker_jax.kernels.attention import attention_on
 from tinker_jax.memory import AT_ONCE_CPU
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Block, Params, rematerialised
-from tinker_jax.models.layers import RMSNorm, rope_table
+from tinker_jax.models.block import Packed, Params
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import (
+    activation_dtype,
+    attention_of,
+    embed,
+    final_norm,
+    in_order,
+    outside,
+    rematerialised,
+    rope_tables,
+    ropes,
+    stacks,
+)
 from tinker_jax.programs import DaemonThreads, Program, precision
-from tinker_jax.sharding import host_view, views_of_weights
-from tinker_jax.training.objective import KNOWN, Call, logprobs_of_hidden, loss_of_hidden
+from tinker_jax.sharding import host_view, views, views_of_layers
+from tinker_jax.training.objective import KNOWN, Call, Output, logprobs_of_hidden, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
-
-Output = tuple[jax.Array, Any]
 
 
 class LayerByLayer:
@@ -43,16 +51,18 @@ class LayerByLayer:
         add: program that sums two adapters' trees and donates the second.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, add: Program) -> None:
+    def __init__(self, cfg: ModelConfig, params: Params, mesh: Mesh, add: Program) -> None:
         self._cfg, self._mesh, self._add = cfg, mesh, add
-        self._layers, self._ends = views_of_weights(params, cfg.L)
+        self._ends, self._order = views(outside(cfg, params)), [(stack.name, at) for stack, at in in_order(cfg)]
+        self._stacks = {stack.name: stack for stack in stacks(cfg)}
+        self._layers = {name: views_of_layers(stack.params(params), len(stack.layers)) for name, stack in self._stacks.items()}
         self._numbers = [jax.device_put(np.int32(at)) for at in range(cfg.L)]
-        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._attention = attention_of(cfg, mesh, activation_dtype(params))
         self._embed = Program(self._embed_tokens, "embedding")
-        self._forward = Program(self._forward_layer, "layer forward", static=("remat", "backward"))
+        self._forward = Program(self._forward_layer, "layer forward", static=("stack", "remat", "backward"))
         self._logprobs = Program(self._logprobs_alone, "log-probabilities")
         self._loss = Program(self._loss_and_gradients, "loss", static=("loss_fn", "backward"))
-        self._backward = Program(self._backward_layer, "layer backward", static=("remat",), donate=(0, 1))
+        self._backward = Program(self._backward_layer, "layer backward", static=("stack", "remat"), donate=(0, 1))
         self._threads = DaemonThreads(AT_ONCE_CPU - 1, "tinker_jax-training")
 
     @property
@@ -63,13 +73,13 @@ class LayerByLayer:
     def close(self) -> None:
         """Gives the weights back; nothing can be run any more."""
         self._threads.end(time.monotonic() + 30)
-        self._layers, self._ends = [], {}
+        self._layers, self._ends = {}, {}
         jax.device_put(np.int32(0))  # JAX lets go of memory that it borrowed from NumPy at its next call alone
 
     def run(
         self, call: Call, others_wait: Callable[[], bool]
     ) -> Generator[None, None, tuple[list[Output], lora_lib.Adapter | None]]:
-        """Computes the micro-batches: (log-probabilities and raw metrics of each, the call's gradients).
+        """Computes the micro-batches: (the output of each, the call's gradients).
 
         Pauses between micro-batches, with the device at rest, while `others_wait`, which any thread may ask, says so. Returns
         when the last ones are dispatched; waits for those before them.
@@ -132,10 +142,10 @@ class LayerByLayer:
     def _micro_batch(
         self, call: Call, adapter: lora_lib.Adapter, batch: MicroBatch, total: lora_lib.Adapter | None
     ) -> tuple[Output, lora_lib.Adapter | None]:
-        """(log-probabilities and raw metrics, `total` with its gradients)"""
-        factors, head, scale = adapter.get("layers", {}), adapter.get("lm_head"), np.float32(call.scale)
-        totals = (None, None) if total is None else (total.get("layers"), total.get("lm_head"))
-        arrays, backward = jax.device_put(batch.arrays), call.backward and bool(factors)
+        """(its output, `total` with its gradients)"""
+        head, scale, total = adapter.get("lm_head"), np.float32(call.scale), {**(total or {})}
+        factors = {name: adapter.get(name, {}) for name in self._layers}
+        arrays, backward = jax.device_put(batch.arrays), call.backward and any(factors.values())
         keep = backward or call.one_program  # one program of a layer serves both
         layer: Any = {"shape": f"{batch.shape} {call.adapter_shape}", "remat": call.remat}
         of_head = f"rank={call.rank} " if head else ""
@@ -147,65 +157,71 @@ class LayerByLayer:
         }
         tokens = self._ends, arrays["tokens"], arrays["positions"]
 
-        def inputs(at: int, h_MD: Any, rope: Any) -> tuple[Any, ...]:
-            return self._layers[at], factors, self._numbers[at], h_MD, scale, rope, arrays["segments"]
+        def inputs(stack: str, at: int, h_MD: Any, tables: Any) -> tuple[Any, ...]:
+            return self._layers[stack][at], factors[stack], self._numbers[at], h_MD, scale, tables, arrays["segments"]
 
         def prepare() -> None:
             """Has what is needed compiled on other threads, in the order in which it is needed."""
             self._embed.prepare(*tokens, shape=batch.shape)
-            h_MD, rope = self._embed.shapes(*tokens)
-            self._forward.prepare(*inputs(0, h_MD, rope), **layer, backward=keep)
+            h_MD, tables = self._embed.shapes(*tokens)
+            for stack in self._layers:
+                self._forward.prepare(*inputs(stack, 0, h_MD, tables), **layer, stack=stack, backward=keep)
             known = {}
             if call.one_program:
                 logprobs = self._ends, head, scale, h_MD, arrays["target_tokens"]
                 self._logprobs.prepare(*logprobs, shape=of_logprobs)
                 known = {KNOWN: self._logprobs.shapes(*logprobs)}
-            self._loss.prepare(totals[1], self._ends, head, scale, h_MD, arrays | known, call.config, **loss)
-            if backward:
-                g_MD, kept = self._forward.shapes(*inputs(0, h_MD, rope), remat=call.remat, backward=True)
-                self._backward.prepare(totals[0], g_MD, kept, *inputs(0, h_MD, rope), **layer)
+            self._loss.prepare(total.get("lm_head"), self._ends, head, scale, h_MD, arrays | known, call.config, **loss)
+            for stack in reversed(self._layers) if backward else ():
+                own = inputs(stack, 0, h_MD, tables)
+                g_MD, kept, _ = self._forward.shapes(*own, remat=call.remat, stack=stack, backward=True)
+                self._backward.prepare(total.get(stack, {}), g_MD, kept, *own, **layer, stack=stack)
 
-        if not (self._loss.is_ready(**loss) and self._forward.is_ready(**layer, backward=keep)):
+        ready = all(self._forward.is_ready(**layer, stack=stack, backward=keep) for stack in self._layers)
+        if not (ready and self._loss.is_ready(**loss)):
             prepare()
-        h_MD, rope = self._embed(*tokens, shape=batch.shape)
-        passed = []
-        for at in range(self._cfg.L):
-            own = inputs(at, h_MD, rope)
-            h_MD, kept = self._forward(*own, **layer, backward=keep)
+        h_MD, tables = self._embed(*tokens, shape=batch.shape)
+        passed, reports = [], []
+        for stack, at in self._order:
+            own = inputs(stack, at, h_MD, tables)
+            h_MD, kept, report = self._forward(*own, **layer, stack=stack, backward=keep)
+            reports.append(report)
             if backward:
-                passed.append((kept, own))
+                passed.append((stack, kept, own))
         if call.one_program:
             arrays[KNOWN] = self._logprobs(self._ends, head, scale, h_MD, arrays["target_tokens"], shape=of_logprobs)
-        g_MD, total_head, *output = self._loss(totals[1], self._ends, head, scale, h_MD, arrays, call.config, **loss)
-        if total is None:
-            return tuple(output), None
-        in_layers = totals[0]
+        args = total.get("lm_head"), self._ends, head, scale, h_MD, arrays, call.config
+        g_MD, total_head, logprobs, raw = self._loss(*args, **loss)
+        if not call.backward:
+            return Output(logprobs, raw, reports), None
         while passed:
-            kept, own = passed.pop()
-            in_layers, g_MD = self._backward(in_layers, g_MD, kept, *own, **layer)
-        return tuple(output), {k: x for k, x in (("layers", in_layers), ("lm_head", total_head)) if x is not None}
+            stack, kept, own = passed.pop()
+            total[stack], g_MD = self._backward(total.get(stack, {}), g_MD, kept, *own, **layer, stack=stack)
+        total["lm_head"] = total_head
+        return Output(logprobs, raw, reports), {name: x for name, x in total.items() if x}
 
     # ---- programs ----
 
     def _embed_tokens(self, ends, tokens, positions):
-        return ends["embed.embedding"][tokens.reshape(-1)], rope_table(self._cfg.rope, self._cfg.H, positions.reshape(-1))
+        return embed(ends, tokens), rope_tables(self._cfg, positions.reshape(-1))
 
-    def _forward_layer(self, params, factors, at, h_MD, scale, rope, segments, *, remat, backward):
-        """(hidden states, what `_backward_layer` takes as `kept`)"""
-        layer = self._layer(params, scale, rope, segments, remat)
+    def _forward_layer(self, params, factors, at, h_MD, scale, tables, segments, *, stack, remat, backward):
+        """(hidden states, what `_backward_layer` takes as `kept`, what the layer reports)"""
+        layer = self._layer(stack, params, scale, tables, segments, remat)
         own = _one_of(factors, at)
         if not backward:
-            return layer(h_MD, own), []
-        h_out_MD, pullback = jax.vjp(layer, h_MD, own)
-        leaves, given = jax.tree.leaves(pullback), _ids((params, own, h_MD, scale, rope, segments))
-        return h_out_MD, [x for x in leaves if id(x) not in given]
+            h_out_MD, report = layer(h_MD, own)
+            return h_out_MD, [], report
+        h_out_MD, pullback, report = jax.vjp(layer, h_MD, own, has_aux=True)
+        leaves, given = jax.tree.leaves(pullback), _ids((params, own, h_MD, scale, tables, segments))
+        return h_out_MD, [x for x in leaves if id(x) not in given], report
 
-    def _backward_layer(self, total, g_MD, kept, params, factors, at, h_MD, scale, rope, segments, *, remat):
+    def _backward_layer(self, total, g_MD, kept, params, factors, at, h_MD, scale, tables, segments, *, stack, remat):
         """(gradients of all layers with this one's added, gradient of its input)"""
         own = _one_of(factors, at)
         # Traced as in the forward pass, whose results stand in for what this would compute again: XLA drops that.
-        _, pullback = jax.vjp(self._layer(params, scale, rope, segments, remat), h_MD, own)
-        (leaves, tree), given = jax.tree.flatten(pullback), _ids((params, own, h_MD, scale, rope, segments))
+        _, pullback, _ = jax.vjp(self._layer(stack, params, scale, tables, segments, remat), h_MD, own, has_aux=True)
+        (leaves, tree), given = jax.tree.flatten(pullback), _ids((params, own, h_MD, scale, tables, segments))
         kept = iter(kept)
         g_MD, grads = jax.tree.unflatten(tree, [x if id(x) in given else next(kept) for x in leaves])(g_MD)
 
@@ -214,9 +230,11 @@ class LayerByLayer:
 
         return jax.tree.map(add, total, grads), g_MD
 
-    def _layer(self, params, scale, rope, segments, remat):
+    def _layer(self, stack, params, scale, tables, segments, remat):
+        tokens, block = Packed(segments, ropes(self._cfg, tables), self._attention), self._stacks[stack].block
+
         def layer(h_MD, factors):
-            return Block(self._cfg, params).forward(h_MD, segments, rope, lora_lib.scaled(factors, scale), self._attention)
+            return block(params, h_MD, tokens, lora_lib.scaled(factors, scale))
 
         return rematerialised(layer, remat)
 
@@ -226,7 +244,7 @@ class LayerByLayer:
 
     def _under_head(self, ends, head, scale, h_MD):
         """(hidden states after the final norm, the head's adapter with its scale)"""
-        h_MD = RMSNorm(ends["final_norm.scale"], self._cfg.norm_eps)(h_MD)
+        h_MD = final_norm(self._cfg, ends)(h_MD)
         return h_MD, None if head is None else lora_lib.scaled(head, scale)
 
     def _loss_and_gradients(self, total_head, ends, head, scale, h_MD, batch, config, *, loss_fn, backward):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,26 @@ from tinker_jax import lora as lora_lib
 from tinker_jax import sharding
 from tinker_jax.kernels.linear_cross_entropy import default_block, default_tile, linear_cross_entropy
 from tinker_jax.losses import Packing, evaluate
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Params, Remat, unembedding
+from tinker_jax.models.block import Params
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import Remat, unembedding
 from tinker_jax.training.packing import MicroBatch
 
 KNOWN = "known log-probabilities"
+
+
+class Output(NamedTuple):
+    """What a micro-batch gives beside gradients.
+
+    Attributes:
+        logprobs: of its targets, [B, T(, K)].
+        metrics: raw, see `tinker_jax.losses`.
+        reports: what each layer reports, see `tinker_jax.models.block.Report`.
+    """
+
+    logprobs: Any
+    metrics: Any
+    reports: Any
 
 
 def adapter_shape(rank: int, trained: Sequence[str]) -> str:
@@ -70,7 +85,7 @@ class Call:
 
 
 def logprobs_of_hidden(
-    cfg: DecoderConfig,
+    cfg: ModelConfig,
     params: Params,
     mesh: Mesh,
     h_MD: jax.Array,
@@ -98,7 +113,7 @@ def logprobs_of_hidden(
 
 
 def loss_of_hidden(
-    cfg: DecoderConfig,
+    cfg: ModelConfig,
     params: Params,
     mesh: Mesh,
     loss_fn: str,

@@ -21,7 +21,9 @@ from tinker_jax import memory, optim, sharding
 from tinker_jax.kernels.attention import MAX_SEGMENTS
 from tinker_jax.losses import combine_metrics, default_config
 from tinker_jax.memory import OutOfMemory, Plan, out_of_memory
-from tinker_jax.models.config import DecoderConfig
+from tinker_jax.models.block import Report
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.routers import load_metrics
 from tinker_jax.models.weights import lora_targets
 from tinker_jax.programs import Program
 from tinker_jax.training.layer_by_layer import LayerByLayer
@@ -87,7 +89,7 @@ class Trainer:
 
     def __init__(
         self,
-        cfg: DecoderConfig,
+        cfg: ModelConfig,
         params: Mapping[str, jax.Array],
         mesh: jax.sharding.Mesh,
         plan: Plan,
@@ -208,10 +210,10 @@ class Trainer:
             with out_of_memory(plan, widest, least, several):
                 host = jax.device_get(outputs)  # one transfer
                 jax.block_until_ready(grads)  # the sum is a program of its own, whose failure must not surface later
-            logprobs = unpack(batches, [lp for lp, _ in host], len(data))
+            logprobs = unpack(batches, [output.logprobs for output in host], len(data))
             shapes = [datum.loss_fn_inputs["target_tokens"].to_numpy().shape for datum in data]
             logprobs = [_like(lp, shape) for lp, shape in zip(logprobs, shapes, strict=True)]
-            metrics = combine_metrics([raw for _, raw in host])
+            metrics = combine_metrics([output.metrics for output in host]) | _of_experts([output.reports for output in host])
             if reason := _not_finite(logprobs, metrics, call.adapter):
                 raise Retracted(UnprocessableEntityError(f"{what}: {reason}; nothing was changed."))
             return logprobs, metrics
@@ -293,6 +295,12 @@ class Trainer:
             f"{what} does not fit into a device of {self._plan.memory / 2**30:.3g} GiB beside the model; nothing was changed. "
             "Shorten the longest sequence, lower the LoRA rank, or cut the model over more devices (EngineConfig.mesh)."
         )
+
+
+def _of_experts(reports: Sequence[Sequence[Report]]) -> dict[str, float]:
+    """Metrics of what the layers of each micro-batch report; none for a model without experts."""
+    counts = [[report["expert_tokens"] for report in layers if report] for layers in reports]
+    return load_metrics(np.sum([np.stack(layers) for layers in counts], axis=0)) if any(counts) else {}
 
 
 def _not_finite(logprobs: Sequence[np.ndarray], metrics: Mapping[str, float], adapter: lora_lib.Adapter) -> str | None:

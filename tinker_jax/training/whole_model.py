@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
 from tinker_jax import sharding
-from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
-from tinker_jax.models.config import DecoderConfig
-from tinker_jax.models.dense import Decoder, Params
+from tinker_jax.kernels.attention import MAX_SEGMENTS
+from tinker_jax.models.block import Params
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import Decoder, activation_dtype, attention_of
 from tinker_jax.programs import Program
-from tinker_jax.training.objective import KNOWN, Call, logprobs_of_hidden, loss_of_hidden
+from tinker_jax.training.objective import KNOWN, Call, Output, logprobs_of_hidden, loss_of_hidden
 from tinker_jax.training.packing import MicroBatch
 
 _MOST_AHEAD = 16_384  # tokens of each part of the rows that are dispatched and not computed: enough to keep a device busy
@@ -36,9 +37,9 @@ class WholeModel:
         add: program that sums two adapters' trees and donates the second.
     """
 
-    def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, places: Any, add: Program) -> None:
+    def __init__(self, cfg: ModelConfig, params: Params, mesh: Mesh, places: Any, add: Program) -> None:
         self._cfg, self._params, self._mesh, self._places, self._add = cfg, params, mesh, places, add
-        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._attention = attention_of(cfg, mesh, activation_dtype(params))
         self._ahead: collections.deque[tuple[int, jax.Array]] = collections.deque()  # tokens that are, and their result
         self._logprobs = Program(self._logprobs_alone, "log-probabilities", static=("most_segments",))
         self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained", "most_segments"))
@@ -55,8 +56,8 @@ class WholeModel:
 
     def run(
         self, call: Call, others_wait: Callable[[], bool]
-    ) -> Generator[None, None, tuple[list[tuple[jax.Array, Any]], lora_lib.Adapter | None]]:
-        """Starts every micro-batch: (log-probabilities and raw metrics of each, the call's gradients).
+    ) -> Generator[None, None, tuple[list[Output], lora_lib.Adapter | None]]:
+        """Starts every micro-batch: (the output of each, the call's gradients).
 
         Pauses between micro-batches, with the device at rest, while `others_wait` says so.
         """
@@ -79,7 +80,7 @@ class WholeModel:
                 trained=call.trained,
                 most_segments=most_segments,
             )
-            outputs.append(tuple(output))
+            outputs.append(Output(*output))
             total = grads if total is None else self._add(total, grads, shape=call.adapter_shape)
             self._ahead.append((batch.tokens.size, output[0]))
             interrupted = others_wait()
@@ -104,26 +105,27 @@ class WholeModel:
         return _FEW_SEGMENTS if few else MAX_SEGMENTS
 
     def _logprobs_alone(self, adapter, scale, params, batch, *, most_segments):
-        h_MD, head = self._hidden(adapter, scale, params, batch, "none", most_segments)
+        h_MD, head, _ = self._hidden(adapter, scale, params, batch, "none", most_segments)
         return logprobs_of_hidden(self._cfg, params, self._mesh, h_MD, head, batch["target_tokens"])[0]
 
     def _hidden(self, adapter, scale, params, batch, remat, most_segments):
-        """(hidden states after the final norm, the head's adapter with its scale)"""
+        """(hidden states after the final norm, the head's adapter with its scale, what layers report)"""
         factors = lora_lib.scaled(adapter, scale)
         attention = functools.partial(self._attention, most_segments=most_segments)
         rows = batch["tokens"], batch["positions"], batch["segments"]
-        h_MD = Decoder(self._cfg, params).forward(*rows, factors, remat=remat, attention=attention)
-        return h_MD, factors.get("lm_head")
+        h_MD, reports = Decoder(self._cfg, params).forward(*rows, factors, remat=remat, attention=attention)
+        return h_MD, factors.get("lm_head"), reports
 
     def step(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained, most_segments=MAX_SEGMENTS):
-        """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics)."""
+        """One micro-batch: (gradients or None, log-probabilities [B, T(, K)], raw metrics, what layers report)."""
 
         def loss(adapter):
-            h_MD, head = self._hidden(adapter, scale, params, batch, remat, most_segments)
-            return loss_of_hidden(self._cfg, params, self._mesh, loss_fn, h_MD, head, batch, config)
+            h_MD, head, reports = self._hidden(adapter, scale, params, batch, remat, most_segments)
+            value, output = loss_of_hidden(self._cfg, params, self._mesh, loss_fn, h_MD, head, batch, config)
+            return value, (*output, reports)
 
         if not backward:
-            _, (logprobs, raw) = loss(adapter)
-            return None, logprobs, raw
-        grads, (logprobs, raw) = jax.grad(loss, has_aux=True)(adapter)
-        return jax.lax.with_sharding_constraint(grads, self._places(trained)), logprobs, raw
+            _, output = loss(adapter)
+            return None, *output
+        grads, output = jax.grad(loss, has_aux=True)(adapter)
+        return jax.lax.with_sharding_constraint(grads, self._places(trained)), *output

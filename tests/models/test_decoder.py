@@ -10,14 +10,15 @@ import tiny
 import torch
 
 from tinker_jax import sharding
-from tinker_jax.kernels.decode_attention import PAGE, paged_attention_on
-from tinker_jax.models import dense
+from tinker_jax.kernels.decode_attention import PAGE
+from tinker_jax.models.caches import Caches
+from tinker_jax.models.decoder import Decoder, unembedding
 
 T = 70  # beyond the llama3 test rope's original context of 32
 
 
 def logits(cfg, params, h_MD):
-    return jax.nn.log_softmax(h_MD @ dense.unembedding(cfg, params).T, axis=-1)
+    return jax.nn.log_softmax(h_MD @ unembedding(cfg, params).T, axis=-1)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -31,22 +32,22 @@ def test_forward_and_extend_match_transformers(family):
     @jax.jit
     def whole(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
-        h_MD = dense.Decoder(cfg, params).forward(tokens, positions, jnp.ones((2, T), jnp.int32))
+        h_MD, _ = Decoder(cfg, params).forward(tokens, positions, jnp.ones((2, T), jnp.int32))
         return logits(cfg, params, h_MD).reshape(2, T, -1)
 
     np.testing.assert_allclose(whole(params, ids), expected, atol=1e-4)
 
-    paged = paged_attention_on(sharding.make_mesh(), (cfg.N, cfg.K, cfg.H), jnp.float32)
+    caches = Caches(cfg, sharding.make_mesh(), jnp.float32)
     each, pages = 13, -(-T // PAGE)
     tables = np.array([[2 * w + r + 1 for w in range(pages)] for r in range(2)])  # interleaved
     # What was in the pages before is garbage that must not be seen.
-    pool = jax.tree.map(lambda x: x.at[:].set(9.0), paged.empty(each * cfg.L))
+    pool = jax.tree.map(lambda x: x.at[:].set(9.0), caches.empty(each))
 
     @partial(jax.jit, static_argnames="unstacked")
     def extend(params, tokens, positions, pool, unstacked):
-        decoder = dense.Decoder(cfg, params)
+        decoder = Decoder(cfg, params)
         layers = decoder.unstacked() if unstacked else None
-        h_MD, pool = decoder.extend(tokens, positions, tables, pool, paged=paged, layers=layers)
+        h_MD, pool = decoder.extend(tokens, positions, tables, pool, caches=caches, layers=layers)
         return logits(cfg, params, h_MD).reshape(*tokens.shape, -1), pool
 
     # A chunk, a shorter one beside a longer one, token by token; layers scanned and one by one.
@@ -71,7 +72,7 @@ def test_bfloat16_weights_stay_close_to_float32():
 
     def run(dtype):
         cast = {k: jnp.asarray(v, dtype) for k, v in params.items()}
-        h_MD = dense.Decoder(cfg, cast).forward(ids, positions, segments)
+        h_MD, _ = Decoder(cfg, cast).forward(ids, positions, segments)
         assert h_MD.dtype == dtype
         return np.asarray(logits(cfg, cast, h_MD).astype(jnp.float32))
 
@@ -86,7 +87,7 @@ def test_rematerialisation_changes_memory_and_not_the_gradient():
 
     def gradient(remat):
         def loss(params):
-            return dense.Decoder(cfg, params).forward(ids, positions, segments, remat=remat).sum()
+            return Decoder(cfg, params).forward(ids, positions, segments, remat=remat)[0].sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         return compiled(params), compiled.memory_analysis().temp_size_in_bytes
