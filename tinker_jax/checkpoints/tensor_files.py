@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -35,6 +35,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Bytes of an element; the integers and F8_E4M3 are parts of quantised weights (`checkpoints/stored.py`).
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
 #: Bytes of a header at most, as in safetensors itself: a damaged length must not have gigabytes read as JSON.
 _MOST_HEADER = 100_000_000
 _SHARD = re.compile(r"[\w-][\w.-]{0,240}\.safetensors", re.ASCII)
@@ -68,6 +70,14 @@ class TensorEntry:
                 "Use the model's bf16 checkpoint."
             )
         return DTYPES[self.dtype]
+
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """Where indices `start` to `stop` of the leading axis lie."""
+        assert 0 <= start <= stop <= self.shape[0], f"rows {start} to {stop} of {self.name}, which has shape {self.shape}"
+        size = self.nbytes // max(self.shape[0], 1)
+        return replace(
+            self, shape=(stop - start, *self.shape[1:]), start=self.start + start * size, stop=self.start + stop * size
+        )
 
     def read(self) -> np.ndarray:
         """The tensor in host memory, in its stored dtype.
@@ -152,8 +162,8 @@ def _entry(file: Path, name: str, spec: object, base: int) -> TensorEntry:
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(file, f"tensor {brief(name)} is described as {brief(spec)}")
     start, stop = offsets
-    known = DTYPES.get(dtype)
-    if start > stop or (known is not None and math.prod(shape) * known.itemsize != stop - start):
+    size = _SIZES.get(dtype)
+    if start > stop or (size is not None and math.prod(shape) * size != stop - start):
         raise _damaged(file, f"tensor {brief(name)} has bytes {start} to {stop} for shape {brief(shape)} of {brief(dtype)}")
     return TensorEntry(name, file, dtype, tuple(shape), base + start, base + stop)
 
