@@ -36,9 +36,30 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=False),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES,
+        head_dim=12,
+        tie_word_embeddings=False,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=20,
+        norm_topk_prob=True,
+    ),
 }
 FAMILIES = tuple(CONFIGS)
+DENSE = FAMILIES[:3]
 # For the forward pass alone: everything else about an untied head is tested with the Qwens.
+CONFIGS["qwen3_moe mixed"] = lambda: transformers.Qwen3MoeConfig(
+    **{**SIZES, "num_hidden_layers": 7},
+    head_dim=8,
+    tie_word_embeddings=True,
+    num_experts=5,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
+    norm_topk_prob=False,
+    decoder_sparse_step=2,
+    mlp_only_layers=[5],
+)
 CONFIGS["llama untied"] = lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=False)
 
 
@@ -87,10 +108,9 @@ def base_params(family: str, tiny_model: transformers.PreTrainedModel) -> tuple:
     cfg = parse(tiny_model.config.to_dict())
     state = {name: tensor.detach().numpy() for name, tensor in tiny_model.state_dict().items()}
 
-    params = {}
-    for w in weights(cfg):
-        if w.stacked:
-            params[w.name] = np.stack([state[w.hf.format(layer=i)] for i in range(w.stacked)])
-        else:
-            params[w.name] = state[w.hf]
-    return cfg, params
+    def of_layer(w, layer):
+        if not w.experts:
+            return state[w.hf.format(layer=layer)]
+        return np.stack([w.cut(part) for part in state[w.fused.hf.format(layer=layer)]])
+
+    return cfg, {w.name: np.stack([of_layer(w, i) for i in w.layers]) if w.layers else state[w.hf] for w in weights(cfg)}

@@ -32,7 +32,6 @@ def test_head_width_falls_back_as_each_family_defines():
         ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act='gelu' is not supported for qwen3; only 'silu' is"),
         ({"use_sliding_window": True}, UnsupportedError, "use_sliding_window=True"),
         ({"attention_bias": True}, UnsupportedError, "attention_bias=True"),
-        ({"quantization_config": {}}, UnsupportedError, "use the bf16 checkpoint"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, UnsupportedError, "rope scaling 'yarn'"),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},

@@ -26,6 +26,7 @@ from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, FILES, is_hub_id, local_
 from tinker_jax.checkpoints.records import CheckpointRecord
 from tinker_jax.checkpoints.state import read_adapter, read_meta
 from tinker_jax.checkpoints.store import Store
+from tinker_jax.checkpoints.stored import quantization, stored_tensors
 from tinker_jax.checkpoints.tensor_files import TensorEntry
 from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import lora_targets, weights
@@ -146,7 +147,7 @@ def export_merged(
     checkpoint = _open(path, home, base_model)
     entries = tensor_files.read_index(checkpoint.directory)
     cfg = parse(checkpoint.config)
-    check_names(checkpoint.directory, entries, weights(cfg))
+    check_names(checkpoint.directory, stored_tensors(entries, quantization(checkpoint.config)), weights(cfg))
     verify_download(checkpoint.directory, checkpoint.home / "verified", progress)
     config = dict(checkpoint.config)
     sources = dict(entries)

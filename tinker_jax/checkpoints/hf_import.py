@@ -1,13 +1,14 @@
 """Hugging Face weights → the flat parameter dict, one tensor of one layer at a time.
 
-The host never holds more than the tensor just read: it is placed on the devices in its final sharding, cast there and
-written into the stacked weight there, in a donated buffer.
+The host never holds more than the tensor just read, or of the experts of a layer one: it is placed on the devices in its final
+sharding, cast there and written into the stacked weight there, in a donated buffer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from tinker_jax.checkpoints.stored import Quantization, StoredTensor, stored_tensors
 from tinker_jax.checkpoints.tensor_files import TensorEntry, read_index
 from tinker_jax.models.weights import Weight
 from tinker_jax.types.errors import UnprocessableEntityError
@@ -30,15 +32,17 @@ def load_base(
     dtype: DTypeLike,
     shardings: Mapping[str, Sharding] | None = None,
     progress: bool = True,
+    quantization: Quantization | None = None,
 ) -> dict[str, jax.Array]:
     """Loads the base weights of a model directory.
 
     Args:
         directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
         table: the model's weights (`tinker_jax.models.weights`).
-        dtype: of every weight on the device.
+        dtype: of every weight on the device, those aside that stay `exact`.
         shardings: sharding of each weight by its name, layer axis included; None is the default device.
         progress: show a progress bar.
+        quantization: how weights may be encoded, see `tinker_jax.checkpoints.stored`.
 
     Returns:
         `{weight.name: array of shape weight.full_shape}`.
@@ -51,50 +55,80 @@ def load_base(
     """
     from tqdm import tqdm
 
-    entries = read_index(directory)
-    check_names(directory, entries, table)
-    total = sum(entries[name].nbytes for weight in table for name in hf_names(weight))
+    tensors = stored_tensors(read_index(directory), quantization)
+    check_names(directory, tensors, table)
+    total = sum(math.prod(weight.full_shape) for weight in table)
     params: dict[str, jax.Array] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {directory.name}", delay=0.5, disable=not progress) as bar:
+    shown = {
+        "unit": " parameters",
+        "unit_scale": True,
+        "desc": f"Loading {directory.name}",
+        "delay": 0.5,
+        "disable": not progress,
+    }
+    with tqdm(total=total, **shown) as bar:
         for weight in table:
             sharding = shardings[weight.name] if shardings else SingleDeviceSharding(jax.local_devices()[0])
-            buffer = _zeros(weight.full_shape, jnp.dtype(dtype), sharding) if weight.stacked else None
-            for layer, name in enumerate(hf_names(weight)):
-                entry = entries[name]
-                tensor = _to_devices(entry.read(), _file_sharding(weight, sharding))
-                if buffer is None:
-                    buffer = _convert(tensor, jnp.dtype(dtype), sharding)
-                else:
-                    buffer = _place(buffer, tensor, layer, sharding)
+            kept = jnp.dtype(jnp.float32 if weight.exact else dtype)
+            buffer = _zeros(weight.full_shape, kept, sharding) if weight.stacked else None
+            for at, value in _parts(weight, tensors):
+                tensor = _to_devices(value, _file_sharding(weight, sharding, len(at)))
+                buffer = _convert(tensor, kept, sharding) if buffer is None else _place(buffer, tensor, at, sharding)
                 # Without this the host would run ahead and pile up tensors that wait for their transfer.
                 buffer.block_until_ready()
-                bar.update(entry.nbytes)
+                bar.update(value.size)
             assert buffer is not None
             params[weight.name] = buffer
     return params
 
 
-def hf_names(weight: Weight) -> list[str]:
-    """Names in the file of a weight's tensors, layer by layer."""
-    return [weight.hf.format(layer=layer) for layer in range(weight.stacked)] if weight.stacked else [weight.hf]
+def _parts(weight: Weight, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """What a weight is made of, one by one: where it goes (layer, and expert), and its value."""
+    for layer, number in enumerate(weight.layers):
+        if not weight.experts:
+            yield (layer,), tensors[weight.hf.format(layer=number)].read()
+        elif weight.fused is not None and (name := weight.fused.hf.format(layer=number)) in tensors:
+            for expert in range(weight.experts):
+                yield (layer, expert), weight.cut(tensors[name].part(expert))
+        else:
+            for expert in range(weight.experts):
+                yield (layer, expert), tensors[weight.hf.format(layer=number, expert=expert)].read()
+    if not weight.layers:
+        yield (), tensors[weight.hf].read()
 
 
-def check_names(directory: Path, entries: Mapping[str, TensorEntry], table: Sequence[Weight]) -> None:
+def stored_as(weight: Weight, tensors: Collection[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a weight's tensors, layer by layer, in whichever form a file of such names has its experts."""
+    if not weight.layers:
+        return [(weight.hf, weight.shape)]
+    stored = []
+    for layer in weight.layers:
+        fused = weight.fused
+        if fused is not None and ((name := fused.hf.format(layer=layer)) in tensors or "{expert}" not in weight.hf):
+            stored.append((name, fused.shape))
+        elif weight.experts:
+            stored += [(weight.hf.format(layer=layer, expert=e), weight.shape[1:]) for e in range(weight.experts)]
+        else:
+            stored.append((weight.hf.format(layer=layer), weight.shape))
+    return stored
+
+
+def check_names(directory: Path, tensors: Mapping[str, StoredTensor], table: Sequence[Weight]) -> None:
     """Holds the file's tensors against the table, both ways.
 
     Raises:
         UnprocessableEntityError: a tensor is missing, unexpected, or of another shape.
     """
-    expected = {name: weight.shape for weight in table for name in hf_names(weight)}
-    if missing := [name for name in expected if name not in entries]:
-        files = _listing({entry.file.name for entry in entries.values()})
+    expected = {name: shape for weight in table for name, shape in stored_as(weight, tensors)}
+    if missing := [name for name in expected if name not in tensors]:
+        files = _listing({tensor.file.name for tensor in tensors.values()})
         raise UnprocessableEntityError(
             f"{directory} lacks tensor {missing[0]!r} ({len(missing)} of {len(expected)} are missing; looked in {files}). "
             "Do config.json and weights belong together?"
         )
-    surplus = [name for name in entries if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if _HEAD in surplus and _EMBEDDING in expected:
-        if not _same_bytes(entries[_HEAD], entries[_EMBEDDING]):
+        if not _same_bytes(tensors[_HEAD].sources[0], tensors[_EMBEDDING].sources[0]):
             raise UnprocessableEntityError(
                 f"{directory}: config.json ties the unembedding to the embedding, but {_HEAD} differs from {_EMBEDDING}; "
                 "set tie_word_embeddings to false."
@@ -106,10 +140,13 @@ def check_names(directory: Path, entries: Mapping[str, TensorEntry], table: Sequ
             "Do config.json and weights belong together?"
         )
     for name, shape in expected.items():
-        if entries[name].shape != shape:
+        got = tensors[name].shape
+        if got != shape:
+            turned = len(shape) == 3 and got == (shape[0], shape[2], shape[1])
+            order = " The two are transposed: this family's files have another order." if turned else ""
             raise UnprocessableEntityError(
-                f"tensor {name!r} in {entries[name].file}: expected shape {list(shape)} from config.json, "
-                f"got {list(entries[name].shape)}."
+                f"tensor {name!r} in {tensors[name].file}: expected shape {list(shape)} from config.json, "
+                f"got {list(got)}.{order}"
             )
 
 
@@ -123,12 +160,12 @@ def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
     return alike and all(a == b for a, b in zip(one.blocks(), other.blocks(), strict=True))
 
 
-def _file_sharding(weight: Weight, sharding: Sharding) -> Sharding:
-    """Sharding of one tensor as the file holds it: the layer axis dropped."""
+def _file_sharding(weight: Weight, sharding: Sharding, dropped: int) -> Sharding:
+    """Sharding of one tensor as the file holds it, without the first axes of ours."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     axes = list(sharding.spec) + [None] * (len(weight.full_shape) - len(sharding.spec))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[1:] if weight.stacked else axes)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes[dropped:]))
 
 
 def _to_devices(tensor: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -145,6 +182,7 @@ def _convert(tensor: jax.Array, dtype: jnp.dtype, sharding: Sharding) -> jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _place(buffer: jax.Array, tensor: jax.Array, layer: int, sharding: Sharding) -> jax.Array:
-    cast = tensor.astype(buffer.dtype)
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(buffer, cast, layer, 0), sharding)
+def _place(buffer: jax.Array, tensor: jax.Array, at: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    cast = tensor.astype(buffer.dtype).reshape(*(1 for _ in at), *tensor.shape)
+    start = (*at, *(0 for _ in tensor.shape))
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice(buffer, cast, start), sharding)

@@ -34,7 +34,7 @@ from tinker_jax.checkpoints.state import MismatchError, load_adapter, save_adapt
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.ledger import LEDGER, gib
-from tinker_jax.engine.model_files import Text, read_config, stop_ids
+from tinker_jax.engine.model_files import Text, read_config, read_quantization, stop_ids
 from tinker_jax.engine.worker import Detour, Worker
 from tinker_jax.models.weights import weights
 from tinker_jax.programs import end_compilers, keep_compiled
@@ -313,7 +313,7 @@ class Engine:
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
         verify_download(directory, self._store.home / "verified")
         plan = self._plan(cfg, dtype.itemsize, mesh)
-        params = load_base(directory, table, dtype, shardings)
+        params = load_base(directory, table, dtype, shardings, quantization=read_quantization(directory))
         trainer = Trainer(cfg, params, mesh, plan, lambda: self._worker.others_wait(), self.config.deterministic)
         text = Text(directory)
         sampler = Sampler(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinker_jax.checkpoints.hub import load_tokenizer, read_json
+from tinker_jax.checkpoints.stored import Quantization, quantization
 from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.registry import parse
 from tinker_jax.types import _check
@@ -23,6 +24,11 @@ def read_config(directory: Path) -> ModelConfig:
         BadRequestError, UnsupportedError: a value; see `parse`.
     """
     return parse(read_json(directory / "config.json"))
+
+
+def read_quantization(directory: Path) -> Quantization | None:
+    """How the weights may be encoded, from config.json; raises as `read_config`."""
+    return quantization(read_json(directory / "config.json"))
 
 
 def stop_ids(directory: Path) -> tuple[int, ...]:

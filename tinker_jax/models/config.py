@@ -115,6 +115,28 @@ class Reader:
             raise BadRequestError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}.")
         return heads, kv_heads
 
+    def experts(self, *keys: str) -> tuple[int, int]:
+        """Numbers of experts and of those that a token goes to.
+
+        Args:
+            *keys: under which families keep the first, tried in turn.
+        """
+        keys = keys or ("num_experts", "num_local_experts")
+        key = next((key for key in keys if self.cfg.get(key) is not None), keys[0])
+        experts, chosen = self.need(key), self.need("num_experts_per_tok")
+        if chosen > experts:
+            raise BadRequestError(f"config.json: num_experts_per_tok={chosen} is above {key}={experts}.")
+        return experts, chosen
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers; empty where it is missing or null."""
+        value = self.cfg.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)):
+            raise _check.refuse(f"config.json: {key}", "a list of layers", value)
+        return tuple(_check.integer(x, f"config.json: {key}[{i}]", minimum=0) for i, x in enumerate(value))
+
     def head_dim(self, default: int | None = None) -> int:
         """Width of a head; by default `default`, or the model's width divided by the number of heads."""
         width, heads = self.need("hidden_size"), self.need("num_attention_heads")

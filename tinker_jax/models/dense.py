@@ -16,7 +16,6 @@ from tinker_jax.models.block import Block, Group, group_layers
 from tinker_jax.models.config import Reader
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.rope import Rope, parse_rope
-from tinker_jax.types.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,6 @@ def parse(cfg: Mapping[str, Any]) -> DenseConfig:
     read.require("pretraining_tp", 1, 1)
     if read.model_type != "qwen2":
         read.require("attention_bias", False, False)
-    if "quantization_config" in cfg:
-        raise UnsupportedError("config.json: quantised checkpoints are not supported; use the bf16 checkpoint.")
     D, (N, K) = read.need("hidden_size"), read.heads()
     H = read.head_dim(128 if read.model_type == "qwen3" else None)
     return DenseConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinker_jax.models import dense
+from tinker_jax.models import dense, qwen3_moe
 from tinker_jax.models.config import ModelConfig
 from tinker_jax.types._show import brief
 from tinker_jax.types.errors import UnsupportedError
@@ -14,6 +14,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "llama": dense.parse,
     "qwen2": dense.parse,
     "qwen3": dense.parse,
+    "qwen3_moe": qwen3_moe.parse,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from tinker_jax.models.config import ModelConfig
 
 LoraGroup = Literal["attn", "mlp", "unembed"]
@@ -80,6 +82,18 @@ class Weight:
     def module(self) -> str:
         """Name of the module it belongs to, e.g. `"q_proj"`, `"lm_head"`."""
         return self.name.split(".")[-2]
+
+    def cut(self, part: np.ndarray) -> np.ndarray:
+        """An expert's weight out of its part of the `fused` tensor; a view."""
+        assert self.fused is not None
+        at = self.fused
+        index = [slice(None)] * part.ndim
+        index[at.axis] = slice(at.first, at.first + at.step * self.shape[1], at.step)
+        return part[tuple(index)].T if at.transposed else part[tuple(index)]
+
+    def put(self, part: np.ndarray, value: np.ndarray) -> None:
+        """Writes an expert's weight into its part of the `fused` tensor."""
+        self.cut(part)[...] = value
 
     @property
     def experts(self) -> int:

@@ -1,0 +1,192 @@
+"""A mixture of experts: each token goes to a few of many feed-forward layers.
+
+References: Shazeer et al., arXiv:1701.06538; Fedus et al., Switch Transformers, arXiv:2101.03961. Nothing is dropped: an expert
+takes all tokens that chose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from tinker_jax.kernels.grouped_matmul import by_expert, combine, grouped_matmul
+from tinker_jax.lora import PRODUCTS
+from tinker_jax.models.mlp import GatedMLP
+from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
+from tinker_jax.models.weights import Fused, Weight
+
+if TYPE_CHECKING:
+    from tinker_jax.models.block import Report, Tokens
+
+Params = Mapping[str, jax.Array]
+
+
+class Router(Protocol):
+    """How tokens choose."""
+
+    @property
+    def k(self) -> int:
+        """Experts of a token."""
+        ...
+
+    def weights(self, D: int, E: int) -> list[Weight]:
+        """Rows of the table, the router's matrix `"router.kernel"` [E, D] among them."""
+        ...
+
+    def __call__(self, params: Params, logits_ME: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights float32 and experts int32, [M, K] each, of logits float32 without any bias."""
+        ...
+
+
+class Layout(NamedTuple):
+    """Where a family's files have the experts of a layer.
+
+    Attributes:
+        per_expert: name of an expert's matrix, with `{expert}` and `{name}` (gate_proj, up_proj or down_proj); None: the family
+            has none.
+        fused: path of the tensors that hold all experts, `gate_up_proj` and `down_proj` below it.
+        transposed: fused matrices are [in, out].
+        interleaved: gate and up take turns along the fused tensor's outputs; else gate stands before up.
+    """
+
+    per_expert: str | None
+    fused: str
+    transposed: bool = False
+    interleaved: bool = False
+
+
+def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up."""
+    return jax.nn.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Σ over the chosen experts e of weight_e · down_e(act(gate_e x, up_e x)), plus an expert that every token goes to.
+
+    The router's logits are float32 whatever the dtype, in training and in sampling, so that both choose the same experts. The
+    weight is multiplied into what `down` reads, which is narrower than what it writes.
+
+    An adapter (Tinker's parametrisation) has one first factor for gate and up of all experts, one second factor for down of all
+    experts, and for each expert the others: its wide products are plain ones, and no expert's update is ever built.
+
+    Attributes:
+        D, F, E: width of the model, feed-forward width of an expert, experts.
+        router: how tokens choose.
+        layout: of the family's files.
+        act: of gate and up, [.., F] each.
+        biases: do gate, up and down have them?
+        shared: the expert of all tokens.
+    """
+
+    D: int
+    F: int
+    E: int
+    router: Router
+    layout: Layout
+    act: Callable[[jax.Array, jax.Array], jax.Array] = silu_gate
+    biases: bool = False
+    shared: GatedMLP | None = None
+
+    @property
+    def same_input(self) -> tuple[tuple[str, ...], ...]:
+        """Linears that read the same tokens, those of experts left out."""
+        return self.shared.same_input if self.shared else ()
+
+    def weights(self) -> list[Weight]:
+        """Rows of the table, as a layer knows them."""
+        D, F, rows = self.D, self.F, self.router.weights(self.D, self.E)
+        for name in ("gate", "up"):
+            rows += self._rows(name, (F, D), ("mlp", "embed"), "gate_up_experts", "a")
+        rows += self._rows("down", (D, F), ("embed", "mlp"), "down_experts", "b")
+        return rows + (self.shared.weights() if self.shared else [])
+
+    def _rows(self, name: str, shape: tuple[int, int], axes: tuple[str, str], adapter: str, shares: Any) -> list[Weight]:
+        E, layout, (out, fan_in) = self.E, self.layout, shape
+        whole, first, step = out, 0, 1
+        if name != "down":
+            whole, step = 2 * out, 2 if layout.interleaved else 1
+            first = 0 if name == "gate" else 1 if layout.interleaved else out
+        path = f"{layout.fused}.{'down' if name == 'down' else 'gate_up'}_proj"
+        turned = (E, fan_in, whole) if layout.transposed else (E, whole, fan_in)
+        fused = Fused(path, turned, int(layout.transposed), first, step, layout.transposed)
+        hf = path if layout.per_expert is None else layout.per_expert.replace("{name}", f"{name}_proj")
+        kernel = Weight(
+            f"{name}_experts.kernel",
+            hf,
+            (E, *shape),
+            ("experts", *axes),
+            lora="mlp",
+            fused=fused,
+            adapter=adapter,
+            shares=shares,
+        )
+        if not self.biases:
+            return [kernel]
+        fused = Fused(f"{path}_bias", (E, whole), 0, first, step)
+        return [kernel, Weight(f"{name}_experts.bias", fused.hf, (E, out), ("experts", axes[0]), fused=fused)]
+
+    def __call__(self, params: Params, x_MD: jax.Array, tokens: Tokens, lora: Mapping[str, Any]) -> tuple[jax.Array, Report]:
+        """Its part of the layer, [M, D], and `"expert_tokens"` int32 [E]: how many tokens chose each expert."""
+        router_ED = params["router.kernel"].astype(jnp.float32)
+        logits_ME = jnp.einsum("MD,ED->ME", x_MD.astype(jnp.float32), router_ED, precision="highest")
+        weights_MK, ids_MK = self.router(params, logits_ME)
+        ids_MK = jnp.where(tokens.real_M[:, None], ids_MK, self.E)
+        gate_up, down = lora.get("gate_up_experts"), lora.get("down_experts")
+
+        z_MR = None
+        if gate_up is not None:
+            z_MR = _masked(checkpoint_name(x_MD @ gate_up["a"].astype(x_MD.dtype), PRODUCTS), tokens.slots_MR)
+        out_MD, z_down_MR = self._routed(params, x_MD, weights_MK, ids_MK, z_MR, gate_up, down)
+        if down is not None:
+            out_MD = out_MD + _masked(z_down_MR, tokens.slots_MR) @ down["b"].astype(x_MD.dtype)
+        if self.biases:
+            weight_ME = jnp.einsum("MK,MKE->ME", weights_MK, jax.nn.one_hot(ids_MK, self.E))
+            out_MD = out_MD + weight_ME.astype(x_MD.dtype) @ params["down_experts.bias"]
+        if self.shared is not None:
+            shared_MD, _ = self.shared(params, x_MD, tokens, lora)
+            out_MD = out_MD + shared_MD
+        return out_MD, {"expert_tokens": jnp.zeros(self.E + 1, jnp.int32).at[ids_MK.reshape(-1)].add(1)[: self.E]}
+
+    def _routed(self, params, x_MD, weights_MK, ids_MK, z_MR, gate_up, down):
+        """What the chosen experts make [M, D], and what their `a` of down make [M, R]."""
+        (M, K), dtype = ids_MK.shape, x_MD.dtype
+        rows_S, place_MK, sizes_E = by_expert(ids_MK, self.E)
+        flat = place_MK.reshape(-1)
+        weight_S = jnp.zeros(M * K, jnp.float32).at[flat].set(weights_MK.reshape(-1), unique_indices=True)
+        expert_S = jnp.zeros(M * K, jnp.int32).at[flat].set(ids_MK.reshape(-1), unique_indices=True)
+
+        def product(x_SD, w, frozen, transposed):
+            return grouped_matmul(x_SD, w.astype(dtype), sizes_E, transposed=transposed, frozen=frozen)
+
+        x_SD = x_MD[rows_S]
+        hidden = []
+        for i, name in enumerate(("gate", "up")):
+            y_SF = product(x_SD, params[f"{name}_experts.kernel"], True, True)
+            if self.biases:
+                y_SF = y_SF + params[f"{name}_experts.bias"].at[expert_S].get(mode="fill", fill_value=0)
+            if z_MR is not None:
+                y_SF = y_SF + product(z_MR[rows_S], gate_up["b"][i], False, False)
+            hidden.append(checkpoint_name(y_SF, PRODUCTS))
+        h_SF = self.act(*hidden) * weight_S.astype(dtype)[:, None]
+        ones_MK = jnp.ones_like(weights_MK)
+        out_MD = combine(product(h_SF, params["down_experts.kernel"], True, True), ones_MK, place_MK)
+        if down is None:
+            return out_MD, None
+        return out_MD, combine(product(h_SF, down["a"], False, False), ones_MK, place_MK)
+
+    def sizes(self, tensor: int) -> Sizes:
+        """Numbers that it holds of a token, on each of `tensor` devices."""
+        width, k = -(-self.F // tensor), self.router.k
+        own = Sizes(products=2 * k * width + 2 * ADAPTER_RANK, working=(3 + 2 * k) * self.D + 8 * k * width)
+        return own + self.shared.sizes(tensor) if self.shared else own
+
+
+def _masked(z_MR: Any, slots_MR: jax.Array | None) -> jax.Array:
+    """As in `tinker_jax.lora.updates`."""
+    return z_MR if slots_MR is None else jnp.where(slots_MR, z_MR, 0)
