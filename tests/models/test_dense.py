@@ -11,6 +11,7 @@ import torch
 
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import PAGE, paged_attention_on
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.models import dense
 
 T = 70  # beyond the llama3 test rope's original context of 32
@@ -36,7 +37,7 @@ def test_forward_and_extend_match_transformers(family):
 
     np.testing.assert_allclose(whole(params, ids), expected, atol=1e-4)
 
-    paged = paged_attention_on(sharding.make_mesh(), (cfg.N, cfg.K, cfg.H), jnp.float32)
+    paged = paged_attention_on(sharding.make_mesh(), Heads(cfg.N, cfg.K, cfg.H), jnp.float32)
     each, pages = 13, -(-T // PAGE)
     tables = np.array([[2 * w + r + 1 for w in range(pages)] for r in range(2)])  # interleaved
     # What was in the pages before is garbage that must not be seen.

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import Pages, paged_attention_on
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.lora import Adapter
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.programs import Program
@@ -96,7 +97,7 @@ class ModelRunner:
         self._cfg, self._pages_each, self._parts = cfg, pages, sharding.parts(mesh, "rows")
         most = pages_for(cfg.context_length)
         self.widths = [most] if one_width else table_widths(most)
-        self._paged = paged_attention_on(mesh, (cfg.N, cfg.K, cfg.H), dtype)
+        self._paged = paged_attention_on(mesh, Heads(cfg.N, cfg.K, cfg.H), dtype)
         self._by_layer = sharding.on_default_cpu(mesh)
         self._new_model = (
             partial(LayerByLayer, cfg, params, self._paged, STEPS)
@@ -309,7 +310,7 @@ class ModelRunner:
     def _empty(self, pages: int) -> Pages:
         pages *= self._cfg.L
         # Committed to no device, like everything else that these programs take: else each would be compiled twice.
-        return self._paged.backend.empty(pages, self._cfg.K) if self._by_layer else self._paged.empty(pages)
+        return self._paged.backend.empty(pages) if self._by_layer else self._paged.empty(pages)
 
 
 def _copy_pages(pages: Pages, ids_2N: jax.Array) -> Pages:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from tinker_jax import lora as lora_lib
 from tinker_jax.kernels.attention import attention_on
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.memory import AT_ONCE_CPU
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Block, Params, rematerialised
@@ -47,7 +48,7 @@ class LayerByLayer:
         self._cfg, self._mesh, self._add = cfg, mesh, add
         self._layers, self._ends = views_of_weights(params, cfg.L)
         self._numbers = [jax.device_put(np.int32(at)) for at in range(cfg.L)]
-        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._attention = attention_on(mesh, Heads(cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
         self._embed = Program(self._embed_tokens, "embedding")
         self._forward = Program(self._forward_layer, "layer forward", static=("remat", "backward"))
         self._logprobs = Program(self._logprobs_alone, "log-probabilities")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tinker_jax import lora as lora_lib
 from tinker_jax import sharding
 from tinker_jax.kernels.attention import MAX_SEGMENTS, attention_on
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.models.config import DecoderConfig
 from tinker_jax.models.dense import Decoder, Params
 from tinker_jax.programs import Program
@@ -38,7 +39,7 @@ class WholeModel:
 
     def __init__(self, cfg: DecoderConfig, params: Params, mesh: Mesh, places: Any, add: Program) -> None:
         self._cfg, self._params, self._mesh, self._places, self._add = cfg, params, mesh, places, add
-        self._attention = attention_on(mesh, (cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
+        self._attention = attention_on(mesh, Heads(cfg.N, cfg.K, cfg.H), params["embed.embedding"].dtype)
         self._ahead: collections.deque[tuple[int, jax.Array]] = collections.deque()  # tokens that are, and their result
         self._logprobs = Program(self._logprobs_alone, "log-probabilities", static=("most_segments",))
         self._step = Program(self.step, "train_step", static=("loss_fn", "backward", "remat", "trained", "most_segments"))
