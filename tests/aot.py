@@ -103,7 +103,7 @@ def lower_sampler(
     table = jax.ShapeDtypeStruct((16, width), jnp.int32, sharding=everywhere)
     prefill = jax.jit(runner._model.prefill_program, donate_argnums=2)
     pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
-    split = parts * (1 if kinds[0]._heads() is None else mesh.shape["tensor"])
+    split = parts * (1 if kinds[0]._cut()[1] is None else mesh.shape["tensor"])
     return (
         chunk.lower(params, adapter, pool, state, top=0),
         prefill.lower(params, adapter, pool, ids, ids, table, slots),

@@ -13,12 +13,14 @@ from tinker_jax import sharding
 from tinker_jax.kernels.attention import api, attention, attention_on, cudnn, mesh
 from tinker_jax.kernels.attention.blockwise import blockwise_attention
 from tinker_jax.kernels.attention.reference import reference_attention
+from tinker_jax.kernels.heads import Heads
 
 
-def make(B, T, N, K, H, segments, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys[:3], (N, K, K), strict=True))
-    return q, k, v, jnp.asarray(segments, jnp.int32), jax.random.normal(keys[3], (B, T, N, H))
+def make(B, T, N, K, H, segments, V=None):
+    V, keys = V or H, jax.random.split(jax.random.key(0), 4)
+    shapes = (N, H), (K, H), (K, V), (N, V)
+    q, k, v, g = (jax.random.normal(key, (B, T, *shape)) for key, shape in zip(keys, shapes, strict=True))
+    return q, k, v, jnp.asarray(segments, jnp.int32), g
 
 
 def packed(T, lengths):
@@ -36,6 +38,8 @@ CASES = {
     "segments across blocks": (2, 640, 4, 2, 8, [packed(640, [10, 200, 30, 400]), packed(640, [130, 1, 2, 100])]),
     "single tokens": (1, 8, 2, 2, 8, [packed(8, [1] * 8)]),
     "row of padding": (2, 256, 2, 1, 8, [packed(256, []), packed(256, [129, 127])]),
+    "narrow values": (2, 300, 4, 2, 24, [packed(300, [10, 200, 90]), packed(300, [300])], 16),
+    "wide values": (1, 300, 4, 1, 8, [packed(300, [10, 200, 90])], 24),
 }
 # name: (window, sinks)
 VARIANTS = {
@@ -82,13 +86,15 @@ class AttentionTests:
 
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_windows_and_sinks_equal_the_formula_or_are_refused(self, variant):
-        (window, sinks), arrays = VARIANTS[variant], make(*CASES["segments across blocks"])
+        window, sinks = VARIANTS[variant]
         more = {"window": window, "sinks": jnp.linspace(-2, 3, 4) if sinks else None}
         if variant in self.refused:
             with pytest.raises(NotImplementedError, match="sinks" if sinks else "window"):
-                self.run(*arrays, **more)
+                self.run(*make(*CASES["segments across blocks"]), **more)
         else:
-            self.check(self.run(*arrays, **more), self.run(*arrays, "reference", **more))
+            for case in ("segments across blocks", "narrow values"):
+                arrays = make(*CASES[case])
+                self.check(self.run(*arrays, **more), self.run(*arrays, "reference", **more))
 
     def test_a_sequence_packed_beside_others_equals_itself_alone(self):
         q, k, v, _, g = make(1, 200, 4, 2, 8, [packed(200, [200])])
@@ -116,9 +122,10 @@ class AttentionTests:
 class MeshTests(AttentionTests):
     """For backends that run on several devices."""
 
-    def test_every_device_of_a_mesh_takes_its_rows_and_heads(self):
+    @pytest.mark.parametrize("V", [8, 24])
+    def test_every_device_of_a_mesh_takes_its_rows_and_heads(self, V):
         devices = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-        q, k, v, seg, g = make(4, 128, 4, 2, 8, [packed(128, [50, 60])] * 3 + [packed(128, [128])])
+        q, k, v, seg, g = make(4, 128, 4, 2, 8, [packed(128, [50, 60])] * 3 + [packed(128, [128])], V)
         sinks = jnp.linspace(-2, 3, 4)
 
         def run(implementation, mesh):
@@ -177,7 +184,7 @@ class TestCudnn(AttentionTests):
     refused = tuple(VARIANTS)
 
     def test_passes_its_self_check(self):
-        assert mesh.cudnn_fault((4, 2, 128), "bfloat16") is None
+        assert mesh.cudnn_fault(Heads(4, 2, 128), "bfloat16") is None
 
     def test_room_for_fewer_segments_changes_nothing(self):
         q, k, v, seg, g = make(2, 96, 4, 2, 64, [packed(96, [30, 50]), packed(96, [96])])
@@ -246,15 +253,16 @@ def test_a_changed_private_function_is_refused_by_name(monkeypatch):
         cudnn._private()
 
 
+@pytest.mark.parametrize("values", [8, 16])
 @pytest.mark.parametrize("honours_segments", [True, False])
-def test_the_self_check_finds_a_kernel_that_ignores_segments(honours_segments, monkeypatch):
+def test_the_self_check_finds_a_kernel_that_ignores_segments(honours_segments, values, monkeypatch):
     def kernel(q, k, v, seg, sinks, *, scale, window):
         seg = seg if honours_segments else jnp.ones_like(seg)
         return reference_attention(q, k, v, seg, sinks, scale=scale, window=window)
 
     backend = api._backend
     monkeypatch.setattr(api, "_backend", lambda name, *more: kernel if name == "cudnn" else backend(name, *more))
-    fault = mesh.cudnn_fault.__wrapped__((2, 1, 8), "bfloat16")
+    fault = mesh.cudnn_fault.__wrapped__(Heads(2, 1, 8, values=values), "bfloat16")
     assert fault is None if honours_segments else "output differs from the plain formula" in fault
 
 
@@ -280,6 +288,6 @@ def test_a_named_backend_on_the_wrong_platform_raises(implementation):
 
 def test_an_engine_on_cpu_uses_blockwise_attention_without_a_check():
     q, k, v, seg, _ = make(2, 130, 4, 2, 8, [packed(130, [9, 100]), packed(130, [130])])
-    bound = attention_on(sharding.make_mesh({"data": 2}), (4, 2, 8), jnp.float32)
+    bound = attention_on(sharding.make_mesh({"data": 2}), Heads(4, 2, 8), jnp.float32)
     blockwise = attention(q, k, v, seg, scale=0.3, implementation="blockwise")
     np.testing.assert_array_equal(bound(q, k, v, seg, scale=0.3), blockwise)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import re
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from tinker_jax import sharding
+from tinker_jax.kernels.attention import attention
 from tinker_jax.kernels.decode_attention import (
     PAGE,
     PagedAttention,
@@ -26,6 +28,11 @@ from tinker_jax.kernels.decode_attention import (
     xla,
 )
 from tinker_jax.kernels.decode_attention.pages import empty_rows, write_rows
+from tinker_jax.kernels.heads import Heads
+
+HEADS = Heads(4, 2, 8)
+LATENT = Heads(4, 1, 24, values=16, latent=True)
+WIDTHS = [Heads(4, 2, 16, values=8), Heads(4, 2, 8, values=24), LATENT, Heads(6, 1, 16, latent=True)]
 
 
 class Batch:
@@ -34,16 +41,17 @@ class Batch:
     Args:
         lengths: tokens of each row; the last T are the queries. A row of fewer than T is padded behind, of none is padding.
         T: queries of each row.
-        heads: N, K, H.
+        heads: a latent is a key whose first numbers are the value.
         parts: that the mesh cuts rows into.
     """
 
-    def __init__(self, lengths, T, heads=(4, 2, 8), *, parts=1, dtype=jnp.float32, seed=0):
+    def __init__(self, lengths, T, heads=HEADS, *, parts=1, dtype=jnp.float32, seed=0):
         rng = np.random.default_rng(seed)
-        (N, K, H), R, L = heads, len(lengths), max(*lengths, 1)
+        R, L = len(lengths), max(*lengths, 1)
         self.heads, self.T, self.dtype, W = heads, T, dtype, -(-L // PAGE) + 1
-        self.k, self.v = (rng.standard_normal((R, L, K, H)).astype(dtype) for _ in range(2))
-        self.q = rng.standard_normal((R, T, N, H)).astype(dtype)
+        self.k, v = (rng.standard_normal((R, L, heads.K, width)).astype(dtype) for width in (heads.H, heads.V))
+        self.v = self.k[..., : heads.V] if heads.latent else v
+        self.q = rng.standard_normal((R, T, heads.N, heads.H)).astype(dtype)
         lengths = np.asarray(lengths)[:, None]
         every = np.arange(L, dtype=np.int32)[None]
         self.written = np.where(every < lengths, every, -1)
@@ -64,7 +72,7 @@ class Batch:
 
     def arrays(self):
         """What `attended` takes after the backend."""
-        return self.k, self.v, self.written, self.q, self.tables, self.positions
+        return self.k, None if self.heads.latent else self.v, self.written, self.q, self.tables, self.positions
 
     def run(self, paged: PagedAttention, window=None, sinks_N=None):
         """Writes all keys and values, then attends; float32."""
@@ -89,16 +97,17 @@ def on(batch, implementation, axes=None, **more):
 
 def by_hand(batch, r, t, n, window=None, sink=None):
     """One query's result, in float64, from keys and values as they were before they were paged."""
-    position, k = batch.positions[r, t], n // (batch.heads[0] // batch.heads[1])
+    position, k = batch.positions[r, t], n // (batch.heads.N // batch.heads.K)
     seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
     weights = np.exp(0.3 * batch.k[r, seen, k].astype(float) @ batch.q[r, t, n].astype(float))
     return weights @ batch.v[r, seen, k].astype(float) / (weights.sum() + (0 if sink is None else np.exp(sink)))
 
 
+@pytest.mark.parametrize("heads", [HEADS, *WIDTHS[:3]])
 @pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize("sinks", [None, np.linspace(-2, 3, 4, dtype=np.float32)])
-def test_the_plain_formula_equals_one_written_without_pages(window, sinks):
-    batch = Batch([1, 16, 17, 45], 3)
+def test_the_plain_formula_equals_one_written_without_pages(window, sinks, heads):
+    batch = Batch([1, 16, 17, 45], 3, heads)
     out = batch.formula(window=window, sinks_N=sinks)
     for r, t, n in np.ndindex(out.shape[:3]):
         if batch.positions[r, t] < 0:
@@ -110,16 +119,16 @@ def test_the_plain_formula_equals_one_written_without_pages(window, sinks):
 
 EDGES = [PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1, 1, 2, 300]
 CASES = {
-    "decode": (EDGES, 1, (4, 2, 8)),
-    "decode, as many key heads": (EDGES, 1, (4, 4, 8)),
-    "decode, one key head": ([40, 1, 33], 1, (6, 1, 16)),
-    "decode, padding rows": ([0, 5, 0, 200], 1, (4, 2, 8)),
-    "only padding": ([0, 0], 1, (4, 2, 8)),
-    "more rows than a tile": ([1 + 17 * i for i in range(37)], 1, (4, 2, 8)),
-    "prefill": ([64, 65, 80, 300, 128, 129, 192], 64, (4, 2, 8)),
-    "prefill, as many key heads": ([64, 70, 200], 64, (2, 2, 8)),
-    "prefill, rows shorter than the chunk": ([0, 1, 63, 16, 250], 64, (4, 2, 8)),
-    "prefill of an odd length": ([37, 100, 12], 37, (4, 2, 8)),
+    "decode": (EDGES, 1, Heads(4, 2, 8)),
+    "decode, as many key heads": (EDGES, 1, Heads(4, 4, 8)),
+    "decode, one key head": ([40, 1, 33], 1, Heads(6, 1, 16)),
+    "decode, padding rows": ([0, 5, 0, 200], 1, Heads(4, 2, 8)),
+    "only padding": ([0, 0], 1, Heads(4, 2, 8)),
+    "more rows than a tile": ([1 + 17 * i for i in range(37)], 1, Heads(4, 2, 8)),
+    "prefill": ([64, 65, 80, 300, 128, 129, 192], 64, Heads(4, 2, 8)),
+    "prefill, as many key heads": ([64, 70, 200], 64, Heads(2, 2, 8)),
+    "prefill, rows shorter than the chunk": ([0, 1, 63, 16, 250], 64, Heads(4, 2, 8)),
+    "prefill of an odd length": ([37, 100, 12], 37, Heads(4, 2, 8)),
 }
 WINDOWS = [1, PAGE + 1, PAGE, 10_000]
 
@@ -146,14 +155,13 @@ class PagedTests:
     def test_windows_equal_the_formula(self, T, window):
         self.check(Batch([*EDGES, 0], T), window=window)
 
-    @pytest.mark.parametrize("T", [1, 64])
-    @pytest.mark.parametrize("window", [None, 20])
+    @pytest.mark.parametrize(("T", "window"), [(1, None), (64, None), (1, 20), (64, 20), (1, 2 * PAGE), (130, 2 * PAGE)])
     def test_sinks_equal_the_formula(self, T, window):
         self.check(Batch([*EDGES, 0], T), window=window, sinks_N=jnp.linspace(-2, 3, 4))
 
     @pytest.mark.parametrize("T", [1, 64])
     def test_bfloat16_keeps_float32_accuracy_of_the_softmax(self, T):
-        self.check(Batch([*EDGES, 0], T, (4, 2, 32), dtype=jnp.bfloat16))
+        self.check(Batch([*EDGES, 0], T, Heads(4, 2, 32), dtype=jnp.bfloat16))
 
     @pytest.mark.parametrize("T", [1, 20])
     def test_rows_share_the_pages_of_a_prefix(self, T):
@@ -224,7 +232,10 @@ class PagedTests:
     @pytest.mark.parametrize("T", [1, 16])
     @pytest.mark.parametrize("window", [None, 40])
     def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_batch(self, T, window):
-        batch = Batch([130, *(T + 7 * i for i in range(19)), 500, 400], T, (8, 4, 32))
+        self.check_bits(T, window, Heads(8, 4, 32))
+
+    def check_bits(self, T, window, heads):
+        batch = Batch([130, *(T + 7 * i for i in range(19)), 500, 400], T, heads)
         program = jax.jit(functools.partial(attended, self.paged(batch), batch.pages, window=window))
         program = program.lower(*batch.arrays()).compile({"xla_backend_optimization_level": 3})  # as outside of tests
 
@@ -240,22 +251,80 @@ class PagedTests:
 
     @pytest.mark.parametrize("T", [1, 64])
     def test_a_loop_of_steps_over_a_donated_pool_copies_nothing_of_its_size(self, T):
-        batch, W = Batch([64] * 16, T), 256
+        self.check_nothing_is_copied(T, HEADS)
+
+    def check_nothing_is_copied(self, T, heads):
+        batch, W = Batch([64] * 16, T, heads), 256
         paged = self.paged(batch)
         pool = jax.eval_shape(lambda: paged.empty(64 * W))
-        shapes = (pool, *(jax.ShapeDtypeStruct((16, T, n, 8), jnp.float32) for n in (4, 2, 2)))
+        q, k, v = (jax.ShapeDtypeStruct((16, *x.shape[1:]), x.dtype) for x in (batch.q, batch.k[:, :T], batch.v[:, :T]))
+        shapes = pool, q, k, None if heads.latent else v
         ints = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((16, W), (16, T))]
 
         def steps(pool, q, k, v, tables, positions):
             def one(i, carry):
                 pool, q = carry
                 pool = paged.write(pool, k, v, tables, positions + i)
-                return pool, paged.attend(pool, q, tables, positions + i, scale=0.3)
+                out = paged.attend(pool, q, tables, positions + i, scale=0.3)
+                return pool, jnp.pad(out, [*[(0, 0)] * 3, (0, heads.H - heads.V)])
 
             return jax.lax.fori_loop(0, 8, one, (pool, q))
 
         memory = jax.jit(steps, donate_argnums=0).lower(*shapes, *ints).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < sum(x.size * 4 for x in pool) / 2
+        assert memory.temp_size_in_bytes < sum(x.size * 4 for x in jax.tree.leaves(pool)) / 2
+
+
+class WidthTests(PagedTests):
+    """For backends that take values of another width than keys, and latents."""
+
+    @pytest.mark.parametrize("heads", WIDTHS)
+    @pytest.mark.parametrize(("T", "window"), [(1, None), (20, PAGE + 1)])
+    def test_heads_of_any_width_equal_the_formula(self, T, window, heads):
+        sinks_N = None if window is None else jnp.linspace(-2, 3, heads.N)
+        self.check(Batch([*EDGES, 0], T, heads), window=window, sinks_N=sinks_N)
+
+    @pytest.mark.parametrize("T", [1, 130])
+    def test_latents_in_bfloat16_keep_float32_accuracy_of_the_softmax(self, T):
+        self.check(Batch([*EDGES, 0], T, LATENT, dtype=jnp.bfloat16))
+
+    @pytest.mark.parametrize("heads", [*WIDTHS[1:], Heads(4, 1, 8)])
+    def test_heads_of_any_width_on_a_mesh_equal_those_of_one_device(self, heads):
+        lengths, sinks_N = [200, 1, 0, 17], jnp.linspace(-2, 3, heads.N)
+        batch = Batch(lengths, 1, heads, parts=2)
+        out = batch.run(self.paged(batch, {"fsdp": 2, "tensor": 4}), sinks_N=sinks_N)
+        alone = Batch(lengths, 1, heads).formula(sinks_N=sinks_N)
+        np.testing.assert_allclose(out, alone, rtol=0, atol=self.tolerance)
+
+    @pytest.mark.parametrize("T", [1, 16])
+    def test_a_row_of_latents_is_the_same_to_the_last_bit_whatever_shares_its_batch(self, T):
+        self.check_bits(T, None, Heads(8, 1, 40, values=32, latent=True))
+
+    @pytest.mark.parametrize("T", [1, 64])
+    def test_steps_over_a_donated_pool_of_latents_copy_nothing_of_its_size(self, T):
+        self.check_nothing_is_copied(T, LATENT)
+
+    @pytest.mark.parametrize("T", [1, 150])
+    def test_absorbed_latent_attention_equals_that_of_whole_keys_and_values(self, T):
+        """Of a latent c: key (W_uk c, r) and value W_uv c of every head, where r, which rotates, is shared by all heads."""
+        rng, (R, L, N, C, rotated, plain, V) = np.random.default_rng(0), (2, 150, 4, 16, 8, 12, 10)
+
+        def normal(*shape):
+            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+        c_RLC, r_RLH, to_k_NHC, to_v_NVC = normal(R, L, C), normal(R, L, rotated), normal(N, plain, C) / 4, normal(N, V, C) / 4
+        q_RTNH, rotated_RTNH = normal(R, L, N, plain), normal(R, L, N, rotated)
+        product = functools.partial(jnp.einsum, precision="highest")
+        shared_RLNH = jnp.broadcast_to(r_RLH[:, :, None], (R, L, N, rotated))
+        k = jnp.concatenate([product("RLC,NHC->RLNH", c_RLC, to_k_NHC), shared_RLNH], axis=-1)
+        q, v = jnp.concatenate([q_RTNH, rotated_RTNH], axis=-1), product("RLC,NVC->RLNV", c_RLC, to_v_NVC)
+        whole = attention(q, k, v, jnp.zeros((R, L), jnp.int32), scale=0.3, implementation="reference")[:, -T:]
+
+        batch = Batch([L] * R, T, Heads(N, 1, C + rotated, values=C, latent=True))
+        batch.k = np.asarray(jnp.concatenate([c_RLC, r_RLH], axis=-1)[:, :, None])
+        absorbed = jnp.concatenate([product("RTNH,NHC->RTNC", q_RTNH, to_k_NHC), rotated_RTNH], axis=-1)
+        batch.q = np.asarray(absorbed[:, -T:])
+        out = product("RTNC,NVC->RTNV", batch.run(self.paged(batch)), to_v_NVC)
+        np.testing.assert_allclose(out, whole, rtol=0, atol=1e-5)
 
 
 def poisoned_page_is_read(paged, batch, row, pages, window):
@@ -267,7 +336,7 @@ def poisoned_page_is_read(paged, batch, row, pages, window):
     return bool(np.isnan(attend(pool, b.q, b.tables, b.positions)).any())
 
 
-class TestXla(PagedTests):
+class TestXla(WidthTests):
     implementation = "xla"
 
     @pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
@@ -288,14 +357,16 @@ class TestXla(PagedTests):
         assert read(0, later, None) and not read(1, later, None)
 
 
-class TestWorklist(PagedTests):
+class TestWorklist(WidthTests):
     implementation = "worklist"
 
     @pytest.mark.parametrize("T", [1, 20])
     def test_rows_longer_than_a_span_of_pages_equal_the_formula(self, T):
         span = worklist._SPAN * PAGE
-        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T))
-        self.check(Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T), window=span + 3)
+        batch = Batch([1, span - 1, 40, span, span + 1, 0, 2 * span + 70], T)
+        self.check(batch)
+        self.check(batch, window=span + 3)
+        self.check(batch, window=span + 3, sinks_N=jnp.linspace(-2, 3, 4))
 
     def test_only_pages_that_a_row_sees_are_read(self):
         batch = Batch([20 * PAGE, PAGE], 1)
@@ -307,8 +378,8 @@ class TestWorklist(PagedTests):
 
 def over_rows(batch, attend, axes=None):
     """Attention of a GPU's kernel, over pages whose keys lie as values do."""
-    empty = functools.partial(empty_rows, H=batch.heads[2], dtype=batch.dtype)
-    return PagedAttention(sharding.make_mesh(axes), api.Backend(empty, write_rows, attend, heads_axis=1), batch.heads[1])
+    empty = functools.partial(empty_rows, heads=batch.heads, dtype=batch.dtype)
+    return PagedAttention(sharding.make_mesh(axes), api.Backend(empty, write_rows, attend, heads_axis=1), batch.heads)
 
 
 def paged_formula(q_RNTH, k_PNSH, v_PNSH, queries_R, keys_R, tables_RW, scale):
@@ -365,11 +436,11 @@ class TestMosaicInterpreted(InterpretedMosaic, PagedTests):
 class TestPartsOfMosaic(InterpretedMosaic):
     tolerance, check = PagedTests.tolerance, PagedTests.check
 
-    @pytest.mark.parametrize("heads", [(4, 1, 64), (12, 1, 64), (2, 1, 128), (1, 1, 256)])
+    @pytest.mark.parametrize("heads", [Heads(4, 1, 64), Heads(12, 1, 64), Heads(2, 1, 128), Heads(1, 1, 256)])
     def test_rows_of_several_parts_equal_the_formula(self, heads):
         least = mosaic._LEAST_PAGES * PAGE
         batch = Batch([2 * least + 70, 0, least, least + 1], 1, heads, dtype=jnp.bfloat16)
-        self.check(batch, window=least + 3, sinks_N=jnp.linspace(-2, 3, heads[0]))
+        self.check(batch, window=least + 3, sinks_N=jnp.linspace(-2, 3, heads.N))
 
     def test_other_rows_and_wider_tables_change_no_bit_of_a_row(self):
         batch = Batch([700, 70, 300, 0], 1)
@@ -390,8 +461,8 @@ class OnGpu:
 
     implementation: api.Implementation
 
-    def run(self, lengths, T=1, heads=(32, 8, 128), **more):
-        batch = Batch(lengths, T, heads, dtype=jnp.bfloat16)
+    def run(self, lengths, T=1, heads=None, **more):
+        batch = Batch(lengths, T, heads or Heads(32, 8, 128), dtype=jnp.bfloat16)
         out = batch.run(on(batch, self.implementation), **more)
         with jax.default_matmul_precision("highest"):
             np.testing.assert_allclose(out, batch.formula(**more), rtol=0, atol=0.02)
@@ -407,19 +478,21 @@ class OnGpu:
 class TestMosaic(OnGpu):
     implementation = "mosaic"
 
-    @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (64, 8, 64), (9, 3, 64), (6, 1, 256)])
+    @pytest.mark.parametrize("heads", [Heads(*of) for of in ((32, 8, 128), (16, 8, 128), (64, 8, 64), (9, 3, 64), (6, 1, 256))])
     @pytest.mark.parametrize("lengths", [EDGES, [0, 5, 0, 200], [0, 0], [1 + 17 * i for i in range(37)], [20_000]])
     @pytest.mark.parametrize("window", [None, PAGE + 1])
     def test_equals_the_formula(self, lengths, heads, window):
         self.run(lengths, heads=heads, window=window)
-        self.run(lengths, heads=heads, window=window, sinks_N=jnp.linspace(-2, 3, heads[0]))
+        self.run(lengths, heads=heads, window=window, sinks_N=jnp.linspace(-2, 3, heads.N))
 
 
 @pytest.mark.gpu
 class TestCudnn(OnGpu):
     implementation = "cudnn"
 
-    @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (4, 4, 64), (9, 3, 64), (6, 1, 256), (4, 2, 8)])
+    @pytest.mark.parametrize(
+        "heads", [Heads(*of) for of in ((32, 8, 128), (16, 8, 128), (4, 4, 64), (9, 3, 64), (6, 1, 256), (4, 2, 8))]
+    )
     @pytest.mark.parametrize("lengths", [EDGES, [0, 5, 0, 200], [0, 0], [1 + 17 * i for i in range(37)]])
     def test_equals_the_formula(self, lengths, heads):
         self.run(lengths, heads=heads)
@@ -429,10 +502,10 @@ class TestCudnn(OnGpu):
         self.run([*EDGES, 0], T, window=window)
 
     def test_passes_its_self_check(self):
-        assert self_check.fault(cudnn.cudnn_attend, (32, 8, 128), "bfloat16") is None
+        assert self_check.fault(cudnn.cudnn_attend, Heads(32, 8, 128), "bfloat16") is None
 
     def test_is_what_a_gpu_takes(self):
-        chosen = paged_attention_on(sharding.make_mesh(), (32, 8, 128), jnp.bfloat16)
+        chosen = paged_attention_on(sharding.make_mesh(), Heads(32, 8, 128), jnp.bfloat16)
         assert chosen.backend.attend is cudnn.cudnn_attend
 
 
@@ -445,11 +518,44 @@ def test_the_ragged_kernel_is_given_what_it_wants(lengths, T, window, monkeypatc
         return kernel.ref_ragged_paged_attention(*arrays, **more)
 
     monkeypatch.setattr(ragged, "ragged_paged_attention", stand_in)
-    batch = Batch(lengths, T, (4, 2, 128))
+    batch = Batch(lengths, T, Heads(4, 2, 128))
     backend = api._backend("ragged", mesh_of("tpu"), batch.heads, batch.dtype, sinks=False, windows=False)
-    paged = PagedAttention(sharding.make_mesh(), backend, 2)
+    paged = PagedAttention(sharding.make_mesh(), backend, batch.heads)
     out = attended(paged, batch.pages, *map(jnp.asarray, batch.arrays()), window=window)
     np.testing.assert_allclose(out, batch.formula(window=window), rtol=0, atol=1e-5)
+
+
+# ---- what a token takes ----
+
+
+@pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 2}, {"tensor": 4}])
+@pytest.mark.parametrize("heads", [HEADS, *WIDTHS])
+def test_the_heads_say_how_many_numbers_a_token_takes_on_each_device(heads, axes):
+    paged = paged_attention_on(sharding.make_mesh(axes), heads, jnp.bfloat16)
+    taken = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(paged.empty(3))) // (3 * PAGE)
+    assert taken == heads.cached((axes or {}).get("tensor", 1)) * 2
+
+
+def test_a_latent_is_all_that_is_kept_of_a_token():
+    heads = Heads(128, 1, 576, values=512, latent=True)  # DeepSeek-V3
+    pool = paged_attention_on(sharding.make_mesh(), heads, jnp.bfloat16).empty(2)
+    assert pool.v is None and pool.k.nbytes == 2 * PAGE * 576 * 2
+    assert heads.cached() == heads.cached(8) == 576 and heads.of_device(8).N == 16
+    assert Heads(32, 8, 128).cached() == 2 * 8 * 128 and Heads(32, 8, 128).cached(4) == 2 * 2 * 128
+    assert Heads(32, 8, 192, values=128).cached(16) == 8 * (192 + 128)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"N": 6, "K": 4, "H": 8}, "N=6 query heads cannot share K=4 key heads: N must be a multiple of K."),
+        ({"N": 4, "K": 2, "H": 8, "latent": True}, "latent heads want K=1 and values of at most H=8 numbers, got K=2 and 8."),
+        ({"N": 4, "K": 1, "H": 8, "values": 9, "latent": True}, "got K=1 and 9."),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(numbers, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Heads(**numbers)
 
 
 # ---- choosing ----
@@ -463,11 +569,11 @@ def mesh_of(platform, **more):
 @pytest.mark.parametrize(
     ("platform", "heads", "dtype", "more", "reason"),
     [
-        ("gpu", (32, 8, 128), jnp.bfloat16, {}, "not on 'gpu'"),
-        ("tpu", (32, 8, 64), jnp.bfloat16, {}, "not 64"),
-        ("tpu", (32, 8, 128), jnp.float16, {}, "not float16"),
-        ("tpu", (6, 3, 128), jnp.bfloat16, {}, "cannot tile 3 key heads"),
-        ("tpu", (32, 8, 128), jnp.bfloat16, {"sinks": True}, "no attention sinks"),
+        ("gpu", Heads(32, 8, 128), jnp.bfloat16, {}, "not on 'gpu'"),
+        ("tpu", Heads(32, 8, 64), jnp.bfloat16, {}, "not 64"),
+        ("tpu", Heads(32, 8, 128), jnp.float16, {}, "not float16"),
+        ("tpu", Heads(6, 3, 128), jnp.bfloat16, {}, "cannot tile 3 key heads"),
+        ("tpu", Heads(32, 8, 128), jnp.bfloat16, {"sinks": True}, "no attention sinks"),
     ],
 )
 def test_the_ragged_kernel_says_what_it_cannot_do(platform, heads, dtype, more, reason):
@@ -478,10 +584,10 @@ def test_the_ragged_kernel_says_what_it_cannot_do(platform, heads, dtype, more, 
 @pytest.mark.parametrize(
     ("platform", "heads", "dtype", "more", "reason"),
     [
-        ("tpu", (32, 8, 128), jnp.bfloat16, {}, "not on 'tpu'"),
-        ("gpu", (32, 8, 128), jnp.float32, {}, "bfloat16 and float16, not float32"),
-        ("gpu", (32, 8, 100), jnp.bfloat16, {}, "not 100"),
-        ("gpu", (32, 8, 128), jnp.bfloat16, {"sinks": True}, "no attention sinks"),
+        ("tpu", Heads(32, 8, 128), jnp.bfloat16, {}, "not on 'tpu'"),
+        ("gpu", Heads(32, 8, 128), jnp.float32, {}, "bfloat16 and float16, not float32"),
+        ("gpu", Heads(32, 8, 100), jnp.bfloat16, {}, "not 100"),
+        ("gpu", Heads(32, 8, 128), jnp.bfloat16, {"sinks": True}, "no attention sinks"),
     ],
 )
 def test_paged_cudnn_says_what_it_cannot_do(platform, heads, dtype, more, reason):
@@ -492,11 +598,11 @@ def test_paged_cudnn_says_what_it_cannot_do(platform, heads, dtype, more, reason
 @pytest.mark.parametrize(
     ("mesh", "heads", "dtype", "reason"),
     [
-        (mesh_of("tpu"), (32, 8, 128), jnp.bfloat16, "not on 'tpu'"),
-        (mesh_of("gpu", compute_capability="8.9"), (32, 8, 128), jnp.bfloat16, "9.0 .Hopper., the GPU has 8.9"),
-        (mesh_of("gpu"), (32, 8, 128), jnp.float64, "not float64"),
-        (mesh_of("gpu"), (32, 8, 96), jnp.bfloat16, "not 96 in bfloat16"),
-        (mesh_of("gpu"), (32, 8, 256), jnp.float32, "not 256 in float32"),
+        (mesh_of("tpu"), Heads(32, 8, 128), jnp.bfloat16, "not on 'tpu'"),
+        (mesh_of("gpu", compute_capability="8.9"), Heads(32, 8, 128), jnp.bfloat16, "9.0 .Hopper., the GPU has 8.9"),
+        (mesh_of("gpu"), Heads(32, 8, 128), jnp.float64, "not float64"),
+        (mesh_of("gpu"), Heads(32, 8, 96), jnp.bfloat16, "not 96 in bfloat16"),
+        (mesh_of("gpu"), Heads(32, 8, 256), jnp.float32, "not 256 in float32"),
     ],
 )
 def test_the_mosaic_kernel_says_what_it_cannot_do(mesh, heads, dtype, reason, monkeypatch):
@@ -505,10 +611,19 @@ def test_the_mosaic_kernel_says_what_it_cannot_do(mesh, heads, dtype, reason, mo
         paged_attention_on(mesh, heads, dtype, "mosaic")
 
 
+@pytest.mark.parametrize(("platform", "name"), [("tpu", "ragged"), ("gpu", "cudnn"), ("gpu", "mosaic")])
+def test_kernels_made_for_one_width_refuse_others_and_leave_them_to_xla(platform, name):
+    for heads, reason in ((LATENT, "does not take latents"), (Heads(4, 4, 192, values=128), "keys of 192 and values of 128")):
+        with pytest.raises(NotImplementedError, match=f"{name} attention over pages .*{reason}"):
+            paged_attention_on(mesh_of(platform), heads, jnp.bfloat16, name)
+        attend = paged_attention_on(mesh_of(platform), heads, jnp.bfloat16).backend.attend
+        assert getattr(attend, "func", attend) is xla.xla_attend
+
+
 def test_the_mosaic_kernel_says_which_jax_it_needs(monkeypatch):
     monkeypatch.setattr(mosaic, "_JAX", (99, 1))
     with pytest.raises(NotImplementedError, match=f"needs jax 99.1, found {jax.__version__}"):
-        paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "mosaic")
+        paged_attention_on(mesh_of("gpu"), Heads(32, 8, 128), jnp.bfloat16, "mosaic")
 
 
 def test_a_mosaic_kernel_that_is_wrong_on_the_device_is_passed_over(monkeypatch):
@@ -518,9 +633,9 @@ def test_a_mosaic_kernel_that_is_wrong_on_the_device_is_passed_over(monkeypatch)
     monkeypatch.setattr(mosaic, "_JAX", (0, 0))
     monkeypatch.setattr(mosaic, "mosaic_attend", zeros)
     with pytest.raises(NotImplementedError, match="self-check: it differs from the plain formula"):
-        mosaic.check((4, 2, 64), jnp.bfloat16, None, on_this_device=True)
+        mosaic.check(Heads(4, 2, 64), jnp.bfloat16, None, on_this_device=True)
     monkeypatch.setattr(mosaic, "mosaic_attend", xla.rows_attend)
-    mosaic.check((4, 2, 64), jnp.bfloat16, None, on_this_device=True)
+    mosaic.check(Heads(4, 2, 64), jnp.bfloat16, None, on_this_device=True)
 
 
 def test_gpus_leave_to_mosaic_what_cudnn_has_not(monkeypatch):
@@ -530,7 +645,7 @@ def test_gpus_leave_to_mosaic_what_cudnn_has_not(monkeypatch):
     monkeypatch.setattr(mosaic, "_JAX", (0, 0))
 
     def chosen(dtype=jnp.bfloat16, **more):
-        return paged_attention_on(mesh_of("gpu"), (64, 8, 64), dtype, **more).backend.attend
+        return paged_attention_on(mesh_of("gpu"), Heads(64, 8, 64), dtype, **more).backend.attend
 
     assert chosen() is cudnn.cudnn_attend
     assert chosen(sinks=True) is chosen(jnp.float32) is mosaic.mosaic_attend
@@ -544,14 +659,14 @@ def test_paged_cudnn_needs_the_private_function_as_it_was(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as module
 
     monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
-    assert paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16).backend.attend is cudnn.cudnn_attend
+    assert paged_attention_on(mesh_of("gpu"), Heads(32, 8, 128), jnp.bfloat16).backend.attend is cudnn.cudnn_attend
     monkeypatch.setattr(module, "_dot_product_attention", lambda query, key, value, page_table_k, page_table_v: None)
     with pytest.raises(NotImplementedError, match="no bias, cudnn_version, dropout_rate"):
-        paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "cudnn")
+        paged_attention_on(mesh_of("gpu"), Heads(32, 8, 128), jnp.bfloat16, "cudnn")
     known = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in (*cudnn._PARAMETERS, *cudnn._NEWER, "other")]
     module._dot_product_attention.__signature__ = inspect.Signature(known)
     with pytest.raises(NotImplementedError, match="it wants other"):
-        paged_attention_on(mesh_of("gpu"), (32, 8, 128), jnp.bfloat16, "cudnn")
+        paged_attention_on(mesh_of("gpu"), Heads(32, 8, 128), jnp.bfloat16, "cudnn")
 
 
 def test_paged_cudnn_that_is_wrong_on_the_device_is_passed_over(monkeypatch):
@@ -559,25 +674,25 @@ def test_paged_cudnn_that_is_wrong_on_the_device_is_passed_over(monkeypatch):
     monkeypatch.setattr(cudnn, "_private", lambda: None)
     monkeypatch.setattr(cudnn, "_paged", lambda q, *rest: q)
     with pytest.raises(NotImplementedError, match="self-check: it differs from the plain formula"):
-        cudnn.check((4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
+        cudnn.check(Heads(4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
     self_check.fault.cache_clear()
     monkeypatch.setattr(cudnn, "_paged", paged_formula)
-    cudnn.check((4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
+    cudnn.check(Heads(4, 2, 32), jnp.bfloat16, sinks=False, on_this_device=True)
     self_check.fault.cache_clear()
 
 
 def test_a_backend_that_cannot_do_the_case_is_passed_over_and_logged_once(caplog):
     api._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING, "tinker_jax"):
-        chosen = [paged_attention_on(mesh_of("tpu"), (32, 8, 64), jnp.bfloat16) for _ in range(2)]
+        chosen = [paged_attention_on(mesh_of("tpu"), Heads(32, 8, 64), jnp.bfloat16) for _ in range(2)]
     assert len(caplog.messages) == 1 and "ragged is not used" in caplog.messages[0]
     assert chosen[0].backend.attend is xla.xla_attend
 
 
 def test_each_platform_gets_its_best():
     def chosen(platform):
-        return paged_attention_on(mesh_of(platform), (32, 8, 128), jnp.bfloat16).backend.attend
+        return paged_attention_on(mesh_of(platform), Heads(32, 8, 128), jnp.bfloat16).backend.attend
 
     assert chosen("tpu") is ragged.ragged_attend
     assert chosen("cpu") is worklist.worklist_attend
-    assert paged_attention_on(mesh_of("gpu"), (32, 8, 100), jnp.float32).backend.attend is xla.xla_attend
+    assert paged_attention_on(mesh_of("gpu"), Heads(32, 8, 100), jnp.float32).backend.attend is xla.xla_attend

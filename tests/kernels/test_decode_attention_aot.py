@@ -10,14 +10,15 @@ from jax.experimental import topologies
 
 from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import PAGE, mosaic, paged_attention_on
+from tinker_jax.kernels.heads import Heads
 
-HEADS = (32, 8, 128)  # of Qwen3-8B
+HEADS = Heads(32, 8, 128)  # of Qwen3-8B
 
 
 def lower_steps(mesh, R, T, tokens, heads=HEADS, implementation=None, window=None, sinks=False):
     """Eight steps of R rows with tables of so many tokens, over a donated pool that holds them all; and the pool."""
     paged = paged_attention_on(mesh, heads, jnp.bfloat16, implementation, sinks=sinks)
-    (N, K, H), W, parts = heads, tokens // PAGE, sharding.parts(mesh, "rows")
+    N, K, H, W, parts = heads.N, heads.K, heads.H, tokens // PAGE, sharding.parts(mesh, "rows")
     cut = K % mesh.shape["tensor"] == 0
 
     def abstract(shape, dtype, axes):
@@ -89,9 +90,9 @@ def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(h200):
     ("heads", "more"),
     [
         (HEADS, {}),
-        ((16, 8, 128), {}),  # Qwen3-0.6B
-        ((64, 8, 64), {"sinks": True}),  # gpt-oss-20b, every second layer
-        ((64, 8, 64), {"sinks": True, "window": 128}),
+        (Heads(16, 8, 128), {}),  # Qwen3-0.6B
+        (Heads(64, 8, 64), {"sinks": True}),  # gpt-oss-20b, every second layer
+        (Heads(64, 8, 64), {"sinks": True, "window": 128}),
     ],
 )
 @pytest.mark.parametrize("R", [1, 64])

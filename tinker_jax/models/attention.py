@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.models.layers import Linear, RMSNorm, project
 from tinker_jax.models.rope import Rope, rotate
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
@@ -43,9 +44,9 @@ class Attention:
     same_input = (("q_proj", "k_proj", "v_proj"),)
 
     @property
-    def heads(self) -> tuple[int, int, int]:
-        """What its past keeps of a token, and who reads it."""
-        return self.N, self.K, self.H
+    def heads(self) -> Heads:
+        """For its kernels and its cache."""
+        return Heads(self.N, self.K, self.H)
 
     def weights(self) -> list[Weight]:
         """Rows of the table, as a layer knows them."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from tinker_jax.kernels.decode_attention import PagedAttention
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.models.layers import RMSNorm
 from tinker_jax.models.rope import Rope
 from tinker_jax.models.sizes import Sizes
@@ -106,7 +107,7 @@ class TokenMixer(Protocol):
     @property
     def rope(self) -> Rope: ...
     @property
-    def heads(self) -> tuple[int, int, int]: ...
+    def heads(self) -> Heads: ...
     @property
     def same_input(self) -> tuple[tuple[str, ...], ...]: ...
     def weights(self) -> list[Weight]: ...

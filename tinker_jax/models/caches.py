@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tinker_jax.kernels.decode_attention import PagedAttention, paged_attention_on
+from tinker_jax.kernels.heads import Heads
 from tinker_jax.models.block import Stack
 from tinker_jax.models.config import ModelConfig
 
@@ -27,7 +28,7 @@ class Caches:
     """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, dtype: Any) -> None:
-        counts: dict[Any, int] = {}
+        counts: dict[Heads, int] = {}
         self._places: dict[
             str, tuple[int, int, int]
         ] = {}  # of a stack: its kind, place of its first layer, and from one to the next
@@ -56,8 +57,7 @@ class Caches:
 
     def empty_anywhere(self, pages: int) -> Pools:
         """Zeroed pools of one device, committed to none."""
-        kinds = zip(self.kinds, self.layers, strict=True)
-        return tuple(kind.backend.empty(pages * layers, kind.K) for kind, layers in kinds)
+        return tuple(kind.backend.empty(pages * layers) for kind, layers in zip(self.kinds, self.layers, strict=True))
 
     def of(self, stack: Stack, at: Any, pools: Pools, tables_RW: Any) -> tuple[int, Any, PagedAttention]:
         """Where a layer's past lies.

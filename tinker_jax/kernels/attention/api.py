@@ -31,7 +31,7 @@ PREFERENCE: dict[str, tuple[Implementation, ...]] = {
 def attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    v_BTKV: jax.Array,
     segment_ids_BT: jax.Array,
     *,
     scale: float,
@@ -46,7 +46,7 @@ def attention(
     Args:
         q_BTNH: queries.
         k_BTKH: keys; N is a multiple of K, and query head n reads key head n // (N / K).
-        v_BTKH: values.
+        v_BTKV: values, of any width.
         segment_ids_BT: int32, not negative. Tokens of one sequence share an id and are contiguous; neighbouring sequences
             differ in it. Padding is a sequence like any other.
         scale: factor of the scores, usually H ** -0.5.
@@ -66,14 +66,14 @@ def attention(
             with it; the others do not mind.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores and softmax are computed in float32.
+        [B, T, N, V] in q's dtype; scores and softmax are computed in float32.
 
     Raises:
         NotImplementedError: the named implementation cannot do the case; the text says why.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     *others, last = PREFERENCE[platform] if implementation is None else (implementation,)
-    arrays = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sinks_N)
+    arrays = (q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, sinks_N)
     for name in others:
         try:
             return _run(name, platform, mesh, arrays, scale, window, most_segments)

@@ -27,7 +27,7 @@ _MASKED = -1e30  # finite: exp(_MASKED - _MASKED) of a query that sees nothing o
 def blockwise_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    v_BTKV: jax.Array,
     segment_ids_BT: jax.Array,
     sinks_N: jax.Array | None,
     *,
@@ -45,12 +45,12 @@ def blockwise_attention(
     C = min(BLOCK, T)
     padding = -T % C
     if padding:
-        q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+        q_BTNH, k_BTKH, v_BTKV = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKV))
         segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)), constant_values=-1)
     first_BT, last_BT = _seen(segment_ids_BT, window)
     static = (C, rows_at_once or q_BTNH.shape[0], scale)
-    out_BTNH: Any = _attention(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT)
-    return out_BTNH[:, :T]
+    out_BTNV: Any = _attention(static, q_BTNH, k_BTKH, v_BTKV, sinks_N, first_BT, last_BT)
+    return out_BTNV[:, :T]
 
 
 def _seen(segment_ids_BT: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -136,24 +136,23 @@ def _by_group(one_group: Any, rows: int, arrays: tuple[jax.Array, ...]) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
-    return _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT)[0]
+def _attention(static, q_BTNH, k_BTKH, v_BTKV, sinks_N, first_BT, last_BT):
+    return _forward(static, q_BTNH, k_BTKH, v_BTKV, sinks_N, first_BT, last_BT)[0]
 
 
-def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
+def _forward(static, q_BTNH, k_BTKH, v_BTKV, sinks_N, first_BT, last_BT):
     C, rows, scale = static
-    N, H = q_BTNH.shape[2:]
-    K = k_BTKH.shape[2]
+    N, (K, V) = q_BTNH.shape[2], v_BTKV.shape[2:]
     G = N // K
     if sinks_N is None:
         top, total = jnp.full((rows * K, 1, G * C), _MASKED), jnp.zeros((rows * K, 1, G * C))
     else:  # a sink is a score that every query meets first; its value is zero
         sink = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), C, axis=1)[:, None]
         top, total = jnp.tile(sink, (rows, 1, 1)), jnp.ones((rows * K, 1, G * C))
-    start = (jnp.zeros((rows * K, H, G * C)), top, total)
+    start = (jnp.zeros((rows * K, V, G * C)), top, total)
 
-    def group(q_BTNH, k_BTKH, v_BTKH, first_BT):
-        q, k, v = _down(q_BTNH, K, C), _down(k_BTKH, K, C), _across(v_BTKH, K, C)
+    def group(q_BTNH, k_BTKH, v_BTKV, first_BT):
+        q, k, v = _down(q_BTNH, K, C), _down(k_BTKH, K, C), _across(v_BTKV, K, C)
         lowest = jnp.min(first_BT, axis=0).reshape(-1, C).min(axis=1) // C
 
         def query_block(_, xs):
@@ -165,7 +164,7 @@ def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
                 new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
                 p = jnp.exp(s - new_top)
                 shrink = jnp.exp(top - new_top)
-                pv = _product("PHC,PCR->PHR", v[j], p.astype(v.dtype))
+                pv = _product("PVC,PCR->PVR", v[j], p.astype(v.dtype))
                 return acc * shrink + pv, new_top, total * shrink + jnp.sum(p, axis=1, keepdims=True)
 
             # A query that sees nothing of a block gives it weight 1 a key; `shrink` = 0 wipes that out at its first real
@@ -177,25 +176,25 @@ def _forward(static, q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT):
         _, (out, lse) = jax.lax.scan(query_block, None, (blocks, q, *_queries(first_BT, K, G, C), lowest))
         return _from_across(out, rows, C), _from_across(lse, rows, C)
 
-    out_BTNH, lse_BTN1 = _by_group(group, rows, (q_BTNH, k_BTKH, v_BTKH, first_BT))
-    out_BTNH, lse_BTN1 = checkpoint_name(out_BTNH, RESIDUALS), checkpoint_name(lse_BTN1, RESIDUALS)
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT, out_BTNH, lse_BTN1)
+    out_BTNV, lse_BTN1 = _by_group(group, rows, (q_BTNH, k_BTKH, v_BTKV, first_BT))
+    out_BTNV, lse_BTN1 = checkpoint_name(out_BTNV, RESIDUALS), checkpoint_name(lse_BTN1, RESIDUALS)
+    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, sinks_N, first_BT, last_BT, out_BTNV, lse_BTN1)
 
 
-def _backward(static, saved, grad_BTNH):
+def _backward(static, saved, grad_BTNV):
     C, rows, scale = static
-    q_BTNH, k_BTKH, v_BTKH, sinks_N, first_BT, last_BT, out_BTNH, lse_BTN1 = saved
+    q_BTNH, k_BTKH, v_BTKV, sinks_N, first_BT, last_BT, out_BTNV, lse_BTN1 = saved
     K, H = k_BTKH.shape[2:]
     G = q_BTNH.shape[2] // K
-    delta_BTN1 = jnp.sum(grad_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+    delta_BTN1 = jnp.sum(grad_BTNV.astype(jnp.float32) * out_BTNV.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def group(q_BTNH, k_BTKH, v_BTKH, grad_BTNH, delta_BTN1, lse_BTN1, first_BT, last_BT):
+    def group(q_BTNH, k_BTKH, v_BTKV, grad_BTNV, delta_BTN1, lse_BTN1, first_BT, last_BT):
         q = q_down = _down(q_BTNH, K, C)
-        grad = grad_down = _down(grad_BTNH, K, C)
+        grad = grad_down = _down(grad_BTNV, K, C)
         delta, lse = _across(delta_BTN1, K, C), _across(lse_BTN1, K, C)
         first, own = _queries(first_BT, K, G, C)
         highest = jnp.max(last_BT, axis=0).reshape(-1, C).max(axis=1) // C
-        zero = jnp.zeros((rows * K, C, H), jnp.float32)
+        no_dk, no_dv = (jnp.zeros((rows * K, C, width), jnp.float32) for width in (H, v_BTKV.shape[3]))
 
         def key_block(dq, xs):
             j, k, k_across, v, high = xs
@@ -203,24 +202,24 @@ def _backward(static, saved, grad_BTNH):
             def query_block(i, carry):
                 dq, dk, dv = carry
                 p = jnp.exp(_scores(k, q[i], scale, j, first[i], own[i]) - lse[i])
-                dv = dv + _product("PCR,PRH->PCH", p.astype(grad.dtype), grad_down[i])
-                dp = _product("PCH,PRH->PCR", v, grad[i])
+                dv = dv + _product("PCR,PRV->PCV", p.astype(grad.dtype), grad_down[i])
+                dp = _product("PCV,PRV->PCR", v, grad[i])
                 ds = (p * (dp - delta[i])).astype(q.dtype)
                 dk = dk + _product("PCR,PRH->PCH", ds, q_down[i])
                 dqi = _product("PHC,PCR->PHR", k_across, ds)
                 return jax.lax.dynamic_update_index_in_dim(dq, dq[i] + dqi, i, 0), dk, dv
 
-            dq, dk, dv = jax.lax.fori_loop(j, high + 1, query_block, (dq, zero, zero))
+            dq, dk, dv = jax.lax.fori_loop(j, high + 1, query_block, (dq, no_dk, no_dv))
             return dq, (dk, dv)
 
         blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
         k = _down(k_BTKH, K, C)
-        xs = (blocks, k, k.swapaxes(-1, -2), _down(v_BTKH, K, C), highest)
+        xs = (blocks, k, k.swapaxes(-1, -2), _down(v_BTKV, K, C), highest)
         dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros((q.shape[0], q.shape[1], H, q.shape[2]), jnp.float32), xs)
         dq = (_from_across(dq, rows, C) * scale).astype(q_BTNH.dtype)
-        return dq, (_from_down(dk, rows) * scale).astype(k_BTKH.dtype), _from_down(dv, rows).astype(v_BTKH.dtype)
+        return dq, (_from_down(dk, rows) * scale).astype(k_BTKH.dtype), _from_down(dv, rows).astype(v_BTKV.dtype)
 
-    arrays = (q_BTNH, k_BTKH, v_BTKH, grad_BTNH, delta_BTN1, lse_BTN1, first_BT, last_BT)
+    arrays = (q_BTNH, k_BTKH, v_BTKV, grad_BTNV, delta_BTN1, lse_BTN1, first_BT, last_BT)
     dq, dk, dv = _by_group(group, rows, arrays)
     dsinks = None
     if sinks_N is not None:

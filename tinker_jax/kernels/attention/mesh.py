@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinker_jax.kernels.attention.api import Implementation, attention
+from tinker_jax.kernels.heads import Heads
 
 logger = logging.getLogger("tinker_jax")
 
 _MOST_ERROR = 0.05  # relative; bfloat16 stays below 0.01, a wrong key or mask is far above
 
 
-def attention_on(mesh: Mesh, heads: tuple[int, int, int], dtype: jnp.dtype) -> Callable[..., jax.Array]:
+def attention_on(mesh: Mesh, heads: Heads, dtype: jnp.dtype) -> Callable[..., jax.Array]:
     """`attention` for programs of a mesh.
 
     cuDNN's packed attention stands on a private function of JAX and has been wrong in released versions, so on a GPU that is
@@ -26,7 +27,7 @@ def attention_on(mesh: Mesh, heads: tuple[int, int, int], dtype: jnp.dtype) -> C
 
     Args:
         mesh: devices, there or only compiled for.
-        heads: N, K and H of the model.
+        heads: of the model.
         dtype: of queries, keys and values.
     """
     implementation: Implementation | None = None
@@ -39,16 +40,17 @@ def attention_on(mesh: Mesh, heads: tuple[int, int, int], dtype: jnp.dtype) -> C
 
 
 @functools.cache
-def cudnn_fault(heads: tuple[int, int, int], dtype: str) -> str | None:
+def cudnn_fault(heads: Heads, dtype: str) -> str | None:
     """Why cuDNN's packed attention must not be used on this process's first device; None: it agrees, or refuses the case.
 
     Args:
         heads: as for `attention_on`.
         dtype: as for `attention_on`, by name.
     """
-    (N, K, H), B, T = heads, 2, 192
+    (N, K, H, V), B, T = (heads.N, heads.K, heads.H, heads.V), 2, 192
     rng = np.random.default_rng(0)
-    q, k, v, g = (jnp.asarray(rng.standard_normal((B, T, n, H)), dtype) for n in (N, K, K, N))
+    shapes = (N, H), (K, H), (K, V), (N, V)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((B, T, *shape)), dtype) for shape in shapes)
     segment_ids_BT = jnp.asarray(np.stack([np.repeat([1, 2, 3, 0], [70, 1, 90, 31]), np.repeat([1, 2], [128, 64])]), jnp.int32)
 
     def run(implementation: Implementation) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def reference_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    v_BTKV: jax.Array,
     segment_ids_BT: jax.Array,
     sinks_N: jax.Array | None,
     *,
@@ -30,5 +30,5 @@ def reference_attention(
         sinks_BKGT1 = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (B, K, N // K, T, 1))
         scores_BKGTS = jnp.concatenate([scores_BKGTS, sinks_BKGT1], axis=-1)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)[..., :T]
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BTKH.dtype), v_BTKH)
-    return out.reshape(B, T, N, H)
+    out = jnp.einsum("BKGTS,BSKV->BTKGV", probs_BKGTS.astype(v_BTKV.dtype), v_BTKV)
+    return out.reshape(B, T, N, v_BTKV.shape[3])

@@ -16,7 +16,7 @@ _LANES = 128  # a row's length must be a multiple
 def splash_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    v_BTKV: jax.Array,
     segment_ids_BT: jax.Array,
     sinks_N: jax.Array | None,
     *,
@@ -43,8 +43,8 @@ def splash_attention(
     # The kernel returns the gradient of the sinks in the dtype of its output.
     sinks_N = None if sinks_N is None else sinks_N.astype(q_BTNH.dtype)
     run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids), sinks_N))
-    out_BNTH = run(heads_first(q_BTNH * scale), heads_first(k_BTKH), heads_first(v_BTKH), ids_BT)
-    return out_BNTH.swapaxes(1, 2)[:, :T]
+    out_BNTV = run(heads_first(q_BTNH * scale), heads_first(k_BTKH), heads_first(v_BTKV), ids_BT)
+    return out_BNTV.swapaxes(1, 2)[:, :T]
 
 
 def _mask(T: int, window: int | None):

@@ -19,6 +19,7 @@ from tinker_jax.kernels.decode_attention.pages import empty_pages, empty_rows, w
 from tinker_jax.kernels.decode_attention.reference import reference_attend
 from tinker_jax.kernels.decode_attention.worklist import worklist_attend
 from tinker_jax.kernels.decode_attention.xla import rows_attend, xla_attend
+from tinker_jax.kernels.heads import Heads
 
 logger = logging.getLogger("tinker_jax")
 
@@ -31,16 +32,13 @@ PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("worklist",),
 }
 
-Heads = tuple[int, int, int]
-"""N, K and H: query heads, key heads (N is a multiple), their width."""
-
 
 @dataclass(frozen=True)
 class Backend:
     """An implementation as one device runs it: pure functions with the arguments of the methods of `PagedAttention`."""
 
-    empty: Callable[[int, int], Any]
-    """(pages, key heads) → zeroed pool"""
+    empty: Callable[[int], Any]
+    """pages → zeroed pool, of all key heads of the model"""
     write: Callable[..., Any]
     attend: Callable[..., jax.Array]
     """sinks_N is its fifth positional argument."""
@@ -58,7 +56,7 @@ class PagedAttention:
     axis and are otherwise the implementation's own business. A row's table names its pages in the order of their positions.
     Page 0 belongs to no row: padding is written there, and what it holds is never seen.
 
-    On a mesh of several devices rows are cut over `data` and `fsdp`, and key heads over `tensor` where it divides them. Every
+    On a mesh of several devices rows are cut over `data` and `fsdp`, and heads over `tensor` as `Heads.of_device` says. Every
     part of the rows has a pool of its own, and tables name pages of the part that owns the row.
 
     Get one from `paged_attention_on`.
@@ -66,7 +64,7 @@ class PagedAttention:
 
     mesh: Mesh
     backend: Backend
-    K: int
+    heads: Heads
 
     def empty(self, pages: int) -> Any:
         """Zeroed pool.
@@ -74,30 +72,31 @@ class PagedAttention:
         Args:
             pages: of each part of the rows, page 0 among them; arrays hold `pages · parts(mesh, "rows")` of them.
         """
-        heads = "kv_heads" if self._heads() else None
-        where = sharding.named(self.mesh, ("rows", *[None] * (self.backend.heads_axis - 1), heads))
+        where = sharding.named(self.mesh, ("rows", *[None] * (self.backend.heads_axis - 1), self._cut()[1]))
         count = pages * sharding.parts(self.mesh, "rows")
-        return jax.jit(lambda: self.backend.empty(count, self.K), out_shardings=where)()
+        return jax.jit(lambda: self.backend.empty(count), out_shardings=where)()
 
     def pages(self, pool: Any) -> int:
         """Pages of a pool, of each part of the rows."""
         return jax.tree.leaves(pool)[0].shape[0] // sharding.parts(self.mesh, "rows")
 
-    def write(self, pages: Any, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Any:
+    def write(
+        self, pages: Any, k_RTKH: jax.Array, v_RTKV: jax.Array | None, tables_RW: jax.Array, positions_RT: jax.Array
+    ) -> Any:
         """The pool with the keys and values of new tokens in it; updated in place where it is donated.
 
         Args:
             pages: pool.
-            k_RTKH: keys of T tokens of each row, in the pool's dtype.
-            v_RTKH: values.
+            k_RTKH: keys of T tokens of each row, in the pool's dtype; the latents where heads are latent.
+            v_RTKV: values; None where heads are latent.
             tables_RW: int32, the pages of each row; what stands beyond its last position is not looked at.
             positions_RT: int32 position of each token in its row. A row's tokens stand first, at consecutive positions; padding
                 follows and is negative.
         """
         rows = P(sharding.RULES["rows"])
-        new = P(sharding.RULES["rows"], None, self._heads())
+        new = self._spec(2, self._cut()[1])
         write = self._on_each_device(self.backend.write, (self._pool_spec(), new, new, rows, rows), self._pool_spec())
-        return write(pages, k_RTKH, v_RTKH, tables_RW, positions_RT)
+        return write(pages, k_RTKH, v_RTKV, tables_RW, positions_RT)
 
     def attend(
         self,
@@ -123,22 +122,29 @@ class PagedAttention:
                 multiplied by `scale`.
 
         Returns:
-            [R, T, N, H] in q's dtype, zero for padding; scores and softmax are computed in float32.
+            [R, T, N, V] in q's dtype, zero for padding; scores and softmax are computed in float32.
 
         Raises:
             NotImplementedError: an implementation that was asked for by name cannot do the case; the text says why.
         """
         attend = functools.partial(self.backend.attend, scale=scale, window=window)
-        rows, heads = P(sharding.RULES["rows"]), self._heads()
-        cut = P(sharding.RULES["rows"], None, heads)
-        attend = self._on_each_device(attend, (self._pool_spec(), cut, rows, rows, P(heads)), cut)
+        rows, heads = P(sharding.RULES["rows"]), self._cut()[0]
+        cut = self._spec(2, heads)
+        sinks = P(sharding.RULES[heads] if heads else None)
+        attend = self._on_each_device(attend, (self._pool_spec(), cut, rows, rows, sinks), cut)
         return attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N)
 
-    def _heads(self) -> Any:
-        return sharding.RULES["kv_heads"] if self.K % sharding.parts(self.mesh, "kv_heads") == 0 else None
+    def _cut(self) -> tuple[str | None, str | None]:
+        """Logical axes of the query heads and of the key heads, where the mesh cuts them."""
+        own = self.heads.of_device(sharding.parts(self.mesh, "heads"))
+        return "heads" if own.N < self.heads.N else None, "kv_heads" if own.K < self.heads.K else None
+
+    def _spec(self, axis: int, heads: str | None) -> P:
+        """Of an array whose first axis are rows, or their pages, and another one heads."""
+        return P(sharding.RULES["rows"], *[None] * (axis - 1), sharding.RULES[heads] if heads else None)
 
     def _pool_spec(self) -> P:
-        return P(sharding.RULES["rows"], *[None] * (self.backend.heads_axis - 1), self._heads())
+        return self._spec(self.backend.heads_axis, self._cut()[1])
 
     def _on_each_device(self, run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """Tables name pages of a device's own part of the pool, which GSPMD cannot know."""
@@ -160,7 +166,7 @@ def paged_attention_on(
 
     Args:
         mesh: devices, there or only compiled for.
-        heads: N, K and H of the model.
+        heads: of the model.
         dtype: of queries, keys and values.
         implementation: None takes the first of `PREFERENCE` for the platform that can do the case, and logs once why another
             was passed over.
@@ -180,10 +186,10 @@ def paged_attention_on(
     *others, last = PREFERENCE[platform] if implementation is None else (implementation,)
     for name in others:
         try:
-            return PagedAttention(mesh, _backend(name, mesh, heads, dtype, sinks=sinks, windows=windows), heads[1])
+            return PagedAttention(mesh, _backend(name, mesh, heads, dtype, sinks=sinks, windows=windows), heads)
         except NotImplementedError as reason:
             _log_fallback(name, str(reason))
-    return PagedAttention(mesh, _backend(last, mesh, heads, dtype, sinks=sinks, windows=windows), heads[1])
+    return PagedAttention(mesh, _backend(last, mesh, heads, dtype, sinks=sinks, windows=windows), heads)
 
 
 @functools.cache  # once for each reason
@@ -192,8 +198,10 @@ def _log_fallback(name: str, reason: str) -> None:
 
 
 def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, *, sinks: bool, windows: bool) -> Backend:
-    device, (N, K, H), parts = mesh.devices.flat[0], heads, sharding.parts(mesh, "kv_heads")
-    own = heads if K % parts else (N // parts, K // parts, H)
+    device, own = mesh.devices.flat[0], heads.of_device(sharding.parts(mesh, "heads"))
+    if name in ("ragged", "cudnn", "mosaic") and (heads.latent or heads.V != heads.H):
+        what = "latents" if heads.latent else f"keys of {heads.H} and values of {heads.V} numbers"
+        raise NotImplementedError(f"{name} attention over pages does not take {what}")
     if name == "ragged":
         if device.platform != "tpu":
             raise NotImplementedError(f"ragged paged attention runs on TPUs, not on {device.platform!r}")
@@ -201,8 +209,8 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, *
             raise NotImplementedError("ragged paged attention has no attention sinks")
         from tinker_jax.kernels.decode_attention import ragged  # Pallas is slow to import
 
-        ragged.check_heads(own[1], H, dtype)
-        empty = functools.partial(ragged.empty_combined, H=H, dtype=dtype)
+        ragged.check_heads(own, dtype)
+        empty = functools.partial(ragged.empty_combined, heads=heads, dtype=dtype)
         return Backend(empty, ragged.write_combined, ragged.ragged_attend, heads_axis=2, most_entries=ragged.MOST_ENTRIES)
     if name in ("cudnn", "mosaic"):
         if device.platform != "gpu":
@@ -218,9 +226,11 @@ def _backend(name: Implementation, mesh: Mesh, heads: Heads, dtype: jnp.dtype, *
 
             mosaic.check(own, dtype, getattr(device, "compute_capability", None), on_this_device=here)
             attend = mosaic.mosaic_attend
-        return Backend(functools.partial(empty_rows, H=H, dtype=dtype), write_rows, attend, heads_axis=1)
+        return Backend(functools.partial(empty_rows, heads=heads, dtype=dtype), write_rows, attend, heads_axis=1)
     attend = {"worklist": worklist_attend, "xla": xla_attend, "reference": reference_attend}[name]
-    return Backend(functools.partial(empty_pages, H=H, dtype=dtype), write_pages, attend, heads_axis=1)
+    if heads.latent:
+        attend = functools.partial(attend, values=heads.V)
+    return Backend(functools.partial(empty_pages, heads=heads, dtype=dtype), write_pages, attend, heads_axis=1)
 
 
 def _windowed(mesh: Mesh, heads: Heads, dtype: jnp.dtype) -> Callable[..., jax.Array]:

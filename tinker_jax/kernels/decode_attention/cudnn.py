@@ -17,6 +17,7 @@ from tinker_jax.kernels.cudnn import private
 from tinker_jax.kernels.decode_attention import self_check
 from tinker_jax.kernels.decode_attention.pages import Pages
 from tinker_jax.kernels.decode_attention.xla import rows_attend
+from tinker_jax.kernels.heads import Heads
 
 _PARAMETERS = (
     *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k", "page_table_v"),
@@ -26,11 +27,11 @@ _PARAMETERS = (
 _NEWER = {"score_mod_args": (), "score_mod": None}  # parameters since jax 0.12.0.1
 
 
-def check(heads: tuple[int, int, int], dtype: Any, *, sinks: bool, on_this_device: bool) -> None:
+def check(heads: Heads, dtype: Any, *, sinks: bool, on_this_device: bool) -> None:
     """Looks at whether cuDNN can do the case, and on a GPU that is there whether it is right.
 
     Args:
-        heads: N, K and H of the model.
+        heads: of one device.
         dtype: of queries, keys and values.
         sinks: will `attend` be given attention sinks?
         on_this_device: programs will run on this process's first device.
@@ -38,7 +39,7 @@ def check(heads: tuple[int, int, int], dtype: Any, *, sinks: bool, on_this_devic
     Raises:
         NotImplementedError: it cannot, or is not; the text says why.
     """
-    name, H = jnp.dtype(dtype).name, heads[2]
+    name, H = jnp.dtype(dtype).name, heads.H
     if name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {name}")
     if H > 256 or H % 8:
@@ -65,11 +66,11 @@ def cudnn_attend(
     R, T, N, H = q_RTNH.shape
     if T > 1 or window is not None:
         return otherwise(pages, q_RTNH, tables_RW, positions_RT, sinks_N, scale=scale, window=window)
-    K = pages.k.shape[1]
+    (k_PKSH, v_PKSH), K = jax.tree.leaves(pages), pages.k.shape[1]
     # Query heads of a key head go as queries of one head: all of them see the same keys, which are then read once.
     q_RKGH = q_RTNH.reshape(R, K, N // K, H)
     lengths_R = jnp.maximum(positions_RT[:, 0] + 1, 1)
-    out_RKGH = _paged(q_RKGH, *pages, jnp.full_like(lengths_R, N // K), lengths_R, tables_RW, scale)
+    out_RKGH = _paged(q_RKGH, k_PKSH, v_PKSH, jnp.full_like(lengths_R, N // K), lengths_R, tables_RW, scale)
     return jnp.where(positions_RT[..., None, None] < 0, 0, out_RKGH.reshape(R, T, N, H))
 
 

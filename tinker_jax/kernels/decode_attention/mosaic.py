@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu
 from tinker_jax.kernels.decode_attention import self_check
 from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
 from tinker_jax.kernels.decode_attention.xla import rows_attend
+from tinker_jax.kernels.heads import Heads
 
 plgpu: Any = mosaic_gpu  # older versions, which `check` refuses, lack some of it
 _JAX = (0, 12)  # 0.10 lacks some of what is used here, 0.11 was not tried
@@ -30,11 +31,11 @@ _MOST_QUERIES = 8  # of a program, which has them and their sums in registers
 _PROGRAMS, _LEAST_PAGES = 1024, 4  # enough to fill a card twice over; fewer pages would not pay for a program
 
 
-def check(heads: tuple[int, int, int], dtype: Any, compute_capability: str | None, *, on_this_device: bool) -> None:
+def check(heads: Heads, dtype: Any, compute_capability: str | None, *, on_this_device: bool) -> None:
     """Looks at whether the kernel can do the case, and on a GPU that is there whether it is right.
 
     Args:
-        heads: N, K and H of one device.
+        heads: of one device.
         dtype: of queries, keys and values.
         compute_capability: of the GPU, if it is known.
         on_this_device: programs will run on this process's first device.
@@ -42,7 +43,7 @@ def check(heads: tuple[int, int, int], dtype: Any, compute_capability: str | Non
     Raises:
         NotImplementedError: it cannot, or is not; the text says why.
     """
-    name, H = jnp.dtype(dtype).name, heads[2]
+    name, H = jnp.dtype(dtype).name, heads.H
     if jax.__version_info__[:2] < _JAX:
         raise NotImplementedError(f"the kernel needs jax {_JAX[0]}.{_JAX[1]}, found {jax.__version__}")
     if compute_capability is not None and float(compute_capability) < 9:
@@ -193,7 +194,7 @@ def _attend_parts(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode_attention",
     )
-    return run(tables_RW, positions_R, q_RJGH, *(x.reshape(P, K, blocks, C, H) for x in pages))
+    return run(tables_RW, positions_R, q_RJGH, *(x.reshape(P, K, blocks, C, H) for x in jax.tree.leaves(pages)))
 
 
 def _spread(x: jax.Array, shape: tuple[int, ...], *axes: int) -> jax.Array:

@@ -7,24 +7,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tinker_jax.kernels.heads import Heads
+
 PAGE = 64
 """Tokens of a page. A CPU copies a page as it lies before it works on it: 64 mixed rows took 12 ms, and 16 to 20 ms
 with blocks of 128 put together from smaller pages. Prefixes are shared by whole pages, which speaks against larger ones."""
 
 
 class Pages(NamedTuple):
-    """Keys [P, K, H, PAGE] and values [P, K, PAGE, H]. Page 0 belongs to no row: padding is written there.
+    """Keys [P, K, H, PAGE] and values [P, K, PAGE, V]. Page 0 belongs to no row: padding is written there.
 
-    Keys lie as the product with a query wants them; a CPU would transpose them in every product.
+    Keys lie as the product with a query wants them; a CPU would transpose them in every product. Of latent heads there are no
+    values: they are the first numbers of the keys.
     """
 
     k: jax.Array
-    v: jax.Array
+    v: jax.Array | None
 
 
-def empty_pages(pages: int, K: int, H: int, dtype: jnp.dtype) -> Pages:
+def empty_pages(pages: int, heads: Heads, dtype: jnp.dtype) -> Pages:
     """Zeroed pool."""
-    return Pages(jnp.zeros((pages, K, H, PAGE), dtype), jnp.zeros((pages, K, PAGE, H), dtype))
+    k = jnp.zeros((pages, heads.K, heads.H, PAGE), dtype)
+    return Pages(k, None if heads.latent else jnp.zeros((pages, heads.K, PAGE, heads.V), dtype))
 
 
 def places(tables_RW: jax.Array, positions_RT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,22 +46,42 @@ def finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def write_pages(pages: Pages, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Pages:
+def write_pages(
+    pages: Pages, k_RTKH: jax.Array, v_RTKV: jax.Array | None, tables_RW: jax.Array, positions_RT: jax.Array
+) -> Pages:
     """See `PagedAttention.write`."""
     page_RT, place_RT = places(tables_RW, positions_RT)
     k = pages.k.at[page_RT, :, :, place_RT].set(finite(k_RTKH))
-    return Pages(k, pages.v.at[page_RT, :, place_RT].set(finite(v_RTKH)))
+    if pages.v is None or v_RTKV is None:
+        return Pages(k, None)
+    return Pages(k, pages.v.at[page_RT, :, place_RT].set(finite(v_RTKV)))
 
 
-def empty_rows(pages: int, K: int, H: int, dtype: jnp.dtype) -> Pages:
+def empty_rows(pages: int, heads: Heads, dtype: jnp.dtype) -> Pages:
     """Zeroed pool of a GPU's kernels, whose keys lie as values do, [P, K, PAGE, H]."""
-    return Pages(*(jnp.zeros((pages, K, PAGE, H), dtype) for _ in range(2)))
+    return Pages(*(jnp.zeros((pages, heads.K, PAGE, heads.H), dtype) for _ in range(2)))
 
 
 def write_rows(pages: Pages, k_RTKH: jax.Array, v_RTKH: jax.Array, tables_RW: jax.Array, positions_RT: jax.Array) -> Pages:
     """See `PagedAttention.write`; for pools of `empty_rows`."""
-    page_RT, place_RT = places(tables_RW, positions_RT)
-    return Pages(*(x.at[page_RT, :, place_RT].set(finite(new)) for x, new in zip(pages, (k_RTKH, v_RTKH), strict=True)))
+    place = places(tables_RW, positions_RT)
+    return jax.tree.map(lambda x, new: x.at[place[0], :, place[1]].set(finite(new)), pages, Pages(k_RTKH, v_RTKH))
+
+
+def weighted_values(p_RKGTC: jax.Array, pages: Pages, values: int | None) -> jax.Array:
+    """Sums of values, float32 [R, K, G, T, V].
+
+    Args:
+        p_RKGTC: weights of C keys.
+        pages: these keys [R, K, H, C] and values [R, K, C, V].
+        values: V of latent heads, whose values are the first numbers of the keys.
+    """
+    if pages.v is not None:
+        return jnp.einsum("RKGTC,RKCV->RKGTV", p_RKGTC.astype(pages.v.dtype), pages.v, preferred_element_type=jnp.float32)
+    # A CPU copies a part of the keys, or transposes them as the right side of a product. Both cost more than H - V numbers do.
+    p_RKGTC = p_RKGTC.astype(pages.k.dtype)
+    out_RKHGT = jnp.einsum("RKHC,RKGTC->RKHGT", pages.k, p_RKGTC, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out_RKHGT, 2, -1)[..., :values]
 
 
 def visible(keys: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from tinker_jax.kernels.decode_attention.pages import PAGE, finite, places
+from tinker_jax.kernels.heads import Heads
 
 # Of one block of the kernel. Left to itself it asks the devices of this process, not those compiled for.
 _KEYS, _QUERIES = 512, 32
@@ -22,12 +23,11 @@ class CombinedPages(NamedTuple):
     kv: jax.Array
 
 
-def check_heads(K: int, H: int, dtype: jnp.dtype) -> None:
+def check_heads(heads: Heads, dtype: jnp.dtype) -> None:
     """Refuses what the kernel cannot hold in a TPU's tiles.
 
     Args:
-        K: key heads of one device.
-        H: width of a head.
+        heads: of one device.
         dtype: of queries, keys and values.
 
     Raises:
@@ -35,6 +35,7 @@ def check_heads(K: int, H: int, dtype: jnp.dtype) -> None:
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"ragged paged attention takes bfloat16 and float32, not {jnp.dtype(dtype).name}")
+    K, H = heads.K, heads.H
     if H % 128:
         raise NotImplementedError(f"ragged paged attention takes head widths that 128 divides, not {H}")
     sublanes, odd = divmod(2 * K * jnp.dtype(dtype).itemsize, 4)
@@ -42,9 +43,9 @@ def check_heads(K: int, H: int, dtype: jnp.dtype) -> None:
         raise NotImplementedError(f"ragged paged attention cannot tile {K} key heads of a device in {jnp.dtype(dtype).name}")
 
 
-def empty_combined(pages: int, K: int, H: int, dtype: jnp.dtype) -> CombinedPages:
+def empty_combined(pages: int, heads: Heads, dtype: jnp.dtype) -> CombinedPages:
     """Zeroed pool."""
-    return CombinedPages(jnp.zeros((pages, PAGE, 2 * K, H), dtype))
+    return CombinedPages(jnp.zeros((pages, PAGE, 2 * heads.K, heads.H), dtype))
 
 
 def write_combined(

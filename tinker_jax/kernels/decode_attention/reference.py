@@ -17,13 +17,14 @@ def reference_attend(
     *,
     scale: float,
     window: int | None,
+    values: int | None = None,
 ) -> jax.Array:
-    """See `PagedAttention.attend`; everything is float32."""
+    """See `PagedAttention.attend`; everything is float32. `values` are the numbers of a latent that are the value."""
     R, T, N, H = q_RTNH.shape
     K = pages.k.shape[1]
-    k_RKSH, v_RKSH = (
-        x[tables_RW].swapaxes(1, 2).reshape(R, K, -1, H).astype(jnp.float32) for x in (pages.k.swapaxes(2, 3), pages.v)
-    )
+    k_PKCH = pages.k.swapaxes(2, 3)
+    v_PKCV = k_PKCH[..., :values] if pages.v is None else pages.v
+    k_RKSH, v_RKSV = (x[tables_RW].swapaxes(1, 2).reshape(R, K, -1, x.shape[3]).astype(jnp.float32) for x in (k_PKCH, v_PKCV))
     q_RTKGH = q_RTNH.reshape(R, T, K, N // K, H).astype(jnp.float32)
     scores_RKGTS = jnp.einsum("RTKGH,RKSH->RKGTS", q_RTKGH, k_RKSH, precision="highest") * scale
     keys = jnp.arange(k_RKSH.shape[2])[None, None]
@@ -34,5 +35,5 @@ def reference_attend(
         scores_RKGTS = jnp.concatenate([scores_RKGTS, sinks_RKGT1], axis=-1)
     probs_RKGTS = jax.nn.softmax(scores_RKGTS, axis=-1)[..., : keys.size]
     probs_RKGTS = jnp.where(seen_RTS[:, None, None], probs_RKGTS, 0)  # padding sees nothing: its softmax is NaN
-    out = jnp.einsum("RKGTS,RKSH->RTKGH", probs_RKGTS, v_RKSH, precision="highest")
-    return out.reshape(R, T, N, H).astype(q_RTNH.dtype)
+    out = jnp.einsum("RKGTS,RKSV->RTKGV", probs_RKGTS, v_RKSV, precision="highest")
+    return out.reshape(R, T, N, -1).astype(q_RTNH.dtype)

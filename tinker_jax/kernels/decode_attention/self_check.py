@@ -11,24 +11,25 @@ import numpy as np
 
 from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, empty_pages, empty_rows, write_pages, write_rows
 from tinker_jax.kernels.decode_attention.reference import reference_attend
+from tinker_jax.kernels.heads import Heads
 
 _MOST_ERROR = 0.05  # relative; bfloat16 stays below 0.01, a wrong key or mask is far above
 
 
 @functools.cache
 def fault(
-    attend: Callable[..., jax.Array], heads: tuple[int, int, int], dtype: str, window: int | None = None, sinks: bool = False
+    attend: Callable[..., jax.Array], heads: Heads, dtype: str, window: int | None = None, sinks: bool = False
 ) -> str | None:
     """Why `attend` must not decode on this process's first device; None: it agrees with the plain formula.
 
     Args:
         attend: as `PagedAttention.attend`, over pages that `write_rows` fills.
-        heads: N, K and H.
+        heads: values as wide as keys.
         dtype: of queries, keys and values.
         window: of the check.
         sinks: check with attention sinks.
     """
-    (N, K, H), R, W = heads, 4, 7
+    N, K, H, R, W = heads.N, heads.K, heads.H, 4, 7
     rng, last = np.random.default_rng(0), np.array([[0], [PAGE - 1], [PAGE + 5], [W * PAGE - 1]], np.int32)
     q, k, v = (jnp.asarray(rng.standard_normal((R, T, n, H)), dtype) for T, n in ((1, N), (W * PAGE, K), (W * PAGE, K)))
     tables = jnp.asarray(1 + rng.permutation(2 * R * W)[: R * W].reshape(R, W), jnp.int32)
@@ -39,7 +40,7 @@ def fault(
         pool, program = write(pool, k, v, tables, everywhere), functools.partial(attend, scale=H**-0.5, window=window)
         return np.asarray(jax.jit(program)(pool, q, tables, last, logits), np.float32)
 
-    size = 2 * R * W + 1, K, H, jnp.dtype(dtype)
+    size = 2 * R * W + 1, heads, jnp.dtype(dtype)
     try:
         ours = run(write_rows, attend, empty_rows(*size))
     except jax.errors.JaxRuntimeError as error:  # a compiler refuses what JAX lets through

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
+from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible, weighted_values
 from tinker_jax.kernels.decode_attention.xla import xla_attend
 
 _MANY, _MANY_KEYS = 128, 256  # queries of a row that outweigh its gathers: then whole blocks of keys are faster than pages
@@ -30,12 +30,17 @@ def worklist_attend(
     *,
     scale: float,
     window: int | None,
+    values: int | None = None,
 ) -> jax.Array:
-    """See `PagedAttention.attend`. J are entries of the list, C places of a page."""
+    """See `PagedAttention.attend`. J are entries of the list, C places of a page.
+
+    `values` are the numbers of a latent that are the value; None where the pool holds values.
+    """
     R, T, N, H = q_RTNH.shape
     if T >= _MANY:
-        return xla_attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N, scale=scale, window=window, block=_MANY_KEYS)
-    K = pages.k.shape[1]
+        more = {"scale": scale, "window": window, "values": values}
+        return xla_attend(pages, q_RTNH, tables_RW, positions_RT, sinks_N, block=_MANY_KEYS, **more)
+    K, V = pages.k.shape[1], values if pages.v is None else pages.v.shape[3]
     G = N // K
     few = max(1, min(2 * R, _AT_ONCE, _MOST_QUERIES // T))
     most = (-(-R * _SPAN // few) + 1) * few
@@ -64,19 +69,18 @@ def worklist_attend(
         def some(carry):
             i, *parts = carry
             row, page, id = (jax.lax.dynamic_slice_in_dim(x, i * few, few) for x in (row_J, page_J, id_J))
-            k_JKHC, v_JKCH = (_rows(x, id) for x in pages)
+            own = jax.tree.map(lambda x: _rows(x, id), pages)
             keys = (page[:, None] * PAGE + jnp.arange(PAGE, dtype=jnp.int32)[None])[:, None]
             seen = visible(keys, positions_RT[row][:, :, None], window)[:, None, None]
-            s = jnp.einsum("JKGTH,JKHC->JKGTC", _rows(q_RKGTH, row), k_JKHC, preferred_element_type=jnp.float32)
+            s = jnp.einsum("JKGTH,JKHC->JKGTC", _rows(q_RKGTH, row), own.k, preferred_element_type=jnp.float32)
             s = jnp.where(seen, s * scale, -jnp.inf)
             top = jnp.maximum(jnp.max(s, axis=-1), _LOWEST)
             p = jnp.exp(s - top[..., None])
-            pv = jnp.einsum("JKGTC,JKCH->JKGTH", p.astype(v_JKCH.dtype), v_JKCH, preferred_element_type=jnp.float32)
-            new = top, jnp.sum(p, axis=-1), pv
+            new = top, jnp.sum(p, axis=-1), weighted_values(p, own, values)
             return i + 1, *(jax.lax.dynamic_update_slice_in_dim(x, y, i * few, 0) for x, y in zip(parts, new, strict=True))
 
         # No list reaches the last entry: it stays as it is, for the pages that a row does not have.
-        parts = jnp.full((most, K, G, T), -jnp.inf), jnp.zeros((most, K, G, T)), jnp.zeros((most, K, G, T, H))
+        parts = jnp.full((most, K, G, T), -jnp.inf), jnp.zeros((most, K, G, T)), jnp.zeros((most, K, G, T, V))
         _, *parts = jax.lax.while_loop(lambda carry: carry[0] * few < ends_R[-1], some, (jnp.int32(0), *parts))
 
         def put_together(n, carry):
@@ -90,10 +94,10 @@ def worklist_attend(
         # A loop: XLA's reduction of these takes a CPU longer than all of the above.
         return at + 1, *jax.lax.fori_loop(0, jnp.max(count_R), put_together, (top, total, acc))
 
-    start = jnp.min(begin_R) // _SPAN, top, total, jnp.zeros((R, K, G, T, H))
+    start = jnp.min(begin_R) // _SPAN, top, total, jnp.zeros((R, K, G, T, V))
     _, _, total, acc = jax.lax.while_loop(lambda carry: carry[0] * _SPAN < jnp.max(end_R), span, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(R, T, N, H).astype(q_RTNH.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(R, T, N, V).astype(q_RTNH.dtype)
 
 
 def _rows(x: jax.Array, at: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible
+from tinker_jax.kernels.decode_attention.pages import PAGE, Pages, visible, weighted_values
 
 _MASKED = -1e30  # finite: exp(_MASKED - _MASKED) of a query that has seen nothing yet must not be NaN
 
@@ -27,6 +27,7 @@ def xla_attend(
     window: int | None,
     block: int = 512,
     keys_as_rows: bool = False,
+    values: int | None = None,
 ) -> jax.Array:
     """See `PagedAttention.attend`.
 
@@ -34,17 +35,19 @@ def xla_attend(
         pages: pool; the rest as there.
         block: positions of one step of the loop, a multiple of `PAGE`.
         keys_as_rows: keys lie as values do, [P, K, PAGE, H].
+        values: numbers of a latent that are the value; None where the pool holds values.
     """
     R, T, N, H = q_RTNH.shape
-    K = pages.k.shape[1]
+    K, V = pages.k.shape[1], values if pages.v is None else pages.v.shape[3]
     G, C, W = N // K, block, block // PAGE
     tables_RW = jnp.pad(tables_RW, [(0, 0), (0, -tables_RW.shape[1] % W)])
 
     def gathered(ids_RW):
-        k, v = (x.at[ids_RW].get(mode="promise_in_bounds", wrap_negative_indices=False) for x in pages)
+        k, v = jax.tree.map(lambda x: x.at[ids_RW].get(mode="promise_in_bounds", wrap_negative_indices=False), pages)
+        v = None if v is None else v.swapaxes(1, 2).reshape(-1, K, C, V)
         if keys_as_rows:
-            return tuple(x.swapaxes(1, 2).reshape(-1, K, C, H) for x in (k, v))
-        return k.transpose(0, 2, 3, 1, 4).reshape(-1, K, H, C), v.swapaxes(1, 2).reshape(-1, K, C, H)
+            return Pages(k.swapaxes(1, 2).reshape(-1, K, C, H), v)
+        return Pages(k.transpose(0, 2, 3, 1, 4).reshape(-1, K, H, C), v)
 
     q_RKGTH = q_RTNH.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4)
     scores = "RKGTH,RKCH->RKGTC" if keys_as_rows else "RKGTH,RKHC->RKGTC"
@@ -52,14 +55,14 @@ def xla_attend(
     def step(carry):
         i, top, total, acc = carry
         ids = jax.lax.dynamic_slice_in_dim(tables_RW, i * W, W, axis=1)
-        k, v_RKCH = gathered(ids)
+        own = gathered(ids)
         keys = (i * C + jnp.arange(C, dtype=jnp.int32))[None, None]
         seen = visible(keys, positions_RT[:, :, None], window)[:, None, None]
-        s = jnp.einsum(scores, q_RKGTH, k, preferred_element_type=jnp.float32) * scale
+        s = jnp.einsum(scores, q_RKGTH, own.k, preferred_element_type=jnp.float32) * scale
         new_top = jnp.maximum(top, jnp.max(jnp.where(seen, s, _MASKED), axis=-1))
         p = jnp.where(seen, jnp.exp(s - new_top[..., None]), 0)
         shrink = jnp.exp(top - new_top)
-        pv = jnp.einsum("RKGTC,RKCH->RKGTH", p.astype(v_RKCH.dtype), v_RKCH, preferred_element_type=jnp.float32)
+        pv = weighted_values(p, own, values)
         return i + 1, new_top, total * shrink + jnp.sum(p, axis=-1), acc * shrink[..., None] + pv
 
     last = jnp.max(positions_RT)
@@ -71,10 +74,10 @@ def xla_attend(
     if sinks_N is not None:
         top = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, K, G, 1), top.shape)
     total = jnp.full((R, K, G, T), 0.0 if sinks_N is None else 1.0)
-    start = (jnp.int32(first), top, total, jnp.zeros((R, K, G, T, H)))
+    start = (jnp.int32(first), top, total, jnp.zeros((R, K, G, T, V)))
     _, _, total, acc = jax.lax.while_loop(lambda carry: carry[0] * C <= last, step, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(R, T, N, H).astype(q_RTNH.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(R, T, N, V).astype(q_RTNH.dtype)
 
 
 rows_attend = functools.partial(xla_attend, keys_as_rows=True)
