@@ -32,6 +32,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -44,6 +52,33 @@ CONFIGS = {
         num_experts_per_tok=2,
         moe_intermediate_size=20,
         norm_topk_prob=True,
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **{**SIZES, "num_hidden_layers": 4, "intermediate_size": 20},
+        head_dim=12,
+        tie_word_embeddings=False,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=9,
+        rope_parameters={**YARN, "truncate": False},
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4},
+        tie_word_embeddings=False,
+        first_k_dense_replace=1,
+        moe_intermediate_size=20,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        q_lora_rank=18,
+        kv_lora_rank=22,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=6,
+        v_head_dim=14,
+        rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
     ),
 }
 FAMILIES = tuple(CONFIGS)

@@ -146,7 +146,7 @@ def base_bytes(cfg: ModelConfig, itemsize: int) -> int:
 
 def token_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> int:
     """Bytes on each device of a token's keys and values; `tensor` devices share the heads where that divides them."""
-    return itemsize * sum(stack.block.attn.heads.cached(tensor) for stack, _ in in_order(cfg))
+    return itemsize * sum(stack.block.attn.cached.cached(tensor) for stack, _ in in_order(cfg))
 
 
 def activation_bytes(cfg: ModelConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:

@@ -28,6 +28,8 @@ class Attention:
         eps: of the norms of heads.
         qkv_bias, o_bias: do the linears have biases?
         qk_norm: is every query and key head normed?
+        window: a token at position p sees positions p - window + 1 to p alone; None: everything before it.
+        sinks: has every query head a logit that takes its share of the softmax and has no value?
     """
 
     D: int
@@ -39,14 +41,21 @@ class Attention:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    window: int | None = None
+    sinks: bool = False
 
     #: Linears that read the same tokens.
     same_input = (("q_proj", "k_proj", "v_proj"),)
 
     @property
     def heads(self) -> Heads:
-        """For its kernels and its cache."""
+        """Of attention over whole rows."""
         return Heads(self.N, self.K, self.H)
+
+    @property
+    def cached(self) -> Heads:
+        """Of attention over what is kept of earlier tokens."""
+        return self.heads
 
     def weights(self) -> list[Weight]:
         """Rows of the table, as a layer knows them."""
@@ -56,6 +65,8 @@ class Attention:
         rows += linear("v_proj", "self_attn.v_proj", (kv, D), ("kv_heads", "embed"), "attn", self.qkv_bias)
         if self.qk_norm:
             rows += [norm("q_norm", "self_attn.q_norm", self.H), norm("k_norm", "self_attn.k_norm", self.H)]
+        if self.sinks:
+            rows.append(Weight("sinks.logits", "self_attn.sinks", (self.N,), ("heads",)))
         return rows + linear("o_proj", "self_attn.o_proj", (D, q), ("embed", "heads"), "attn", self.o_bias)
 
     def __call__(self, params: Mapping[str, jax.Array], x_MD: jax.Array, tokens: Tokens, lora: Mapping[str, Any]) -> jax.Array:
@@ -71,8 +82,9 @@ class Attention:
         if self.qk_norm:
             q_MNH = RMSNorm(params["q_norm.scale"], self.eps)(q_MNH)
             k_MKH = RMSNorm(params["k_norm.scale"], self.eps)(k_MKH)
-        table = tokens.ropes[self.rope]
-        out_MNH = tokens.attend(rotate(q_MNH, table), rotate(k_MKH, table), v_MKH, scale=self.H**-0.5)
+        table, sinks_N = tokens.ropes[self.rope], params["sinks.logits"] if self.sinks else None
+        q_MNH, k_MKH = rotate(q_MNH, table), rotate(k_MKH, table)
+        out_MNH = tokens.attend(q_MNH, k_MKH, v_MKH, scale=self.H**-0.5, window=self.window, sinks_N=sinks_N)
         (out_MD,) = linears(out_MNH.reshape(M, self.N * self.H), "o_proj")
         return out_MD
 

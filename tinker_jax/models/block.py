@@ -39,8 +39,23 @@ class Tokens(Protocol):
         """Bool: it is a token, and no padding."""
         ...
 
-    def attend(self, q_MNH: jax.Array, k_MKH: jax.Array, v_MKH: jax.Array, *, scale: float) -> jax.Array:
-        """Attention of each token to itself and those before it in its sequence."""
+    def attend(
+        self,
+        q_MNH: jax.Array,
+        k_MKH: jax.Array,
+        v_MKV: jax.Array | None,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks_N: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention [M, N, V] of each token to itself and those before it in its sequence; arguments as those of
+        `tinker_jax.kernels.attention.attention`. Without values the keys are latents, of which values are the beginning."""
+        ...
+
+    @property
+    def kept(self) -> bool:
+        """Does `attend` keep keys and values for tokens to come? Then those of latent attention are latents."""
         ...
 
 
@@ -58,15 +73,16 @@ class Packed:
     ropes: Ropes
     attention: Callable[..., jax.Array]
     slots_MR: None = None
+    kept = False
 
     @property
     def real_M(self) -> jax.Array:
         return self.segment_ids_BT.reshape(-1) > 0
 
-    def attend(self, q_MNH: jax.Array, k_MKH: jax.Array, v_MKH: jax.Array, *, scale: float) -> jax.Array:
+    def attend(self, q_MNH, k_MKH, v_MKV, *, scale, window=None, sinks_N=None):
         B, T = self.segment_ids_BT.shape
-        q, k, v = (x.reshape(B, T, *x.shape[1:]) for x in (q_MNH, k_MKH, v_MKH))
-        out = self.attention(q, k, v, self.segment_ids_BT, scale=scale)
+        q, k, v = (x.reshape(B, T, *x.shape[1:]) for x in (q_MNH, k_MKH, v_MKV))
+        out = self.attention(q, k, v, self.segment_ids_BT, scale=scale, window=window, sinks_N=sinks_N)
         return out.reshape(B * T, *out.shape[2:])
 
 
@@ -88,16 +104,19 @@ class Paged:
     tables_RW: jax.Array
     pages: Any
     attention: PagedAttention
+    kept = True
 
     @property
     def real_M(self) -> jax.Array:
         return self.positions_RT.reshape(-1) >= 0
 
-    def attend(self, q_MNH: jax.Array, k_MKH: jax.Array, v_MKH: jax.Array, *, scale: float) -> jax.Array:
+    def attend(self, q_MNH, k_MKH, v_MKV, *, scale, window=None, sinks_N=None):
         R, T = self.positions_RT.shape
-        q, k, v = (x.reshape(R, T, *x.shape[1:]) for x in (q_MNH, k_MKH, v_MKH))
+        q, k = (x.reshape(R, T, *x.shape[1:]) for x in (q_MNH, k_MKH))
+        v = None if v_MKV is None else v_MKV.reshape(R, T, *v_MKV.shape[1:])
         self.pages = self.attention.write(self.pages, k, v, self.tables_RW, self.positions_RT)
-        out = self.attention.attend(self.pages, q, self.tables_RW, self.positions_RT, scale=scale)
+        positions = self.tables_RW, self.positions_RT
+        out = self.attention.attend(self.pages, q, *positions, scale=scale, window=window, sinks_N=sinks_N)
         return out.reshape(R * T, *out.shape[2:])
 
 
@@ -107,7 +126,19 @@ class TokenMixer(Protocol):
     @property
     def rope(self) -> Rope: ...
     @property
-    def heads(self) -> Heads: ...
+    def heads(self) -> Heads:
+        """Of attention over whole rows."""
+        ...
+
+    @property
+    def cached(self) -> Heads:
+        """Of attention over what is kept of earlier tokens."""
+        ...
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def sinks(self) -> bool: ...
     @property
     def same_input(self) -> tuple[tuple[str, ...], ...]: ...
     def weights(self) -> list[Weight]: ...

@@ -33,14 +33,19 @@ class Caches:
             str, tuple[int, int, int]
         ] = {}  # of a stack: its kind, place of its first layer, and from one to the next
         for group in cfg.groups:
-            kinds = [stack.block.attn.heads for stack in group]
+            kinds = [stack.block.attn.cached for stack in group]
             for at, (stack, heads) in enumerate(zip(group, kinds, strict=True)):
                 before = counts.setdefault(heads, 0) + kinds[:at].count(heads)
                 self._places[stack.name] = list(counts).index(heads), before, kinds.count(heads)
             for stack, heads in zip(group, kinds, strict=True):
                 counts[heads] += len(stack.layers)
         self.mesh, self.layers = mesh, tuple(counts.values())
-        self.kinds: tuple[PagedAttention, ...] = tuple(paged_attention_on(mesh, heads, jnp.dtype(dtype)) for heads in counts)
+        kinds = []
+        for heads in counts:
+            mixers = [stack.block.attn for group in cfg.groups for stack in group if stack.block.attn.cached == heads]
+            sinks, windows = any(m.sinks for m in mixers), any(m.window for m in mixers)
+            kinds.append(paged_attention_on(mesh, heads, jnp.dtype(dtype), sinks=sinks, windows=windows))
+        self.kinds: tuple[PagedAttention, ...] = tuple(kinds)
 
     @property
     def most_entries(self) -> int | None:

@@ -81,6 +81,10 @@ class Reader:
         """A whole number, or None where it is missing or null."""
         return None if self.cfg.get(key) is None else size(self.cfg, key)
 
+    def count(self, key: str) -> int:
+        """A whole number; 0 where it is missing or null."""
+        return 0 if self.cfg.get(key) is None else size(self.cfg, key, least=0)
+
     def number(self, key: str, default: float) -> float:
         """A positive number."""
         return number({key: default, **self.cfg}, key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinker_jax.models import dense, qwen3_moe
+from tinker_jax.models import deepseek_v3, dense, gpt_oss, qwen3_moe
 from tinker_jax.models.config import ModelConfig
 from tinker_jax.types._show import brief
 from tinker_jax.types.errors import UnsupportedError
@@ -15,6 +15,9 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "qwen2": dense.parse,
     "qwen3": dense.parse,
     "qwen3_moe": qwen3_moe.parse,
+    "gpt_oss": gpt_oss.parse,
+    "deepseek_v3": deepseek_v3.parse,
+    "kimi_k2": deepseek_v3.parse,
 }
 
 

@@ -47,7 +47,7 @@ def grouped_sigmoid_top_k(
     """
     M, E = logits_ME.shape
     scores_ME = jax.nn.sigmoid(logits_ME)
-    choice_ME = jax.lax.stop_gradient(scores_ME + bias_E[None])
+    choice_ME = scores_ME + bias_E[None]
     if top_groups < groups:
         grouped = choice_ME.reshape(M, groups, E // groups)
         best_two, _ = jax.lax.top_k(grouped, 2)
