@@ -87,14 +87,13 @@ class AttentionTests:
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_windows_and_sinks_equal_the_formula_or_are_refused(self, variant):
         window, sinks = VARIANTS[variant]
+        arrays = make(*CASES["narrow values" if variant == "window and sinks" else "segments across blocks"])
         more = {"window": window, "sinks": jnp.linspace(-2, 3, 4) if sinks else None}
         if variant in self.refused:
             with pytest.raises(NotImplementedError, match="sinks" if sinks else "window"):
-                self.run(*make(*CASES["segments across blocks"]), **more)
+                self.run(*arrays, **more)
         else:
-            for case in ("segments across blocks", "narrow values"):
-                arrays = make(*CASES[case])
-                self.check(self.run(*arrays, **more), self.run(*arrays, "reference", **more))
+            self.check(self.run(*arrays, **more), self.run(*arrays, "reference", **more))
 
     def test_a_sequence_packed_beside_others_equals_itself_alone(self):
         q, k, v, _, g = make(1, 200, 4, 2, 8, [packed(200, [200])])
@@ -122,10 +121,9 @@ class AttentionTests:
 class MeshTests(AttentionTests):
     """For backends that run on several devices."""
 
-    @pytest.mark.parametrize("V", [8, 24])
-    def test_every_device_of_a_mesh_takes_its_rows_and_heads(self, V):
+    def test_every_device_of_a_mesh_takes_its_rows_and_heads(self):
         devices = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-        q, k, v, seg, g = make(4, 128, 4, 2, 8, [packed(128, [50, 60])] * 3 + [packed(128, [128])], V)
+        q, k, v, seg, g = make(4, 128, 4, 2, 8, [packed(128, [50, 60])] * 3 + [packed(128, [128])], 24)
         sinks = jnp.linspace(-2, 3, 4)
 
         def run(implementation, mesh):
@@ -253,17 +251,35 @@ def test_a_changed_private_function_is_refused_by_name(monkeypatch):
         cudnn._private()
 
 
-@pytest.mark.parametrize("values", [8, 16])
-@pytest.mark.parametrize("honours_segments", [True, False])
-def test_the_self_check_finds_a_kernel_that_ignores_segments(honours_segments, values, monkeypatch):
+def test_cudnn_is_given_queries_keys_and_values_of_one_width(monkeypatch):
+    def stand_in(q, k, v, *, q_offsets, scale, **_):
+        assert q.shape[3] == k.shape[3] == v.shape[3] == 24
+        edges = jnp.arange(q.shape[1])[None, :, None] >= jnp.where(q_offsets < 0, q.shape[1], q_offsets)[:, None]
+        return reference_attention(q, k, v, edges.sum(axis=2), None, scale=scale, window=None)
+
+    module = SimpleNamespace(dot_product_attention=stand_in, MaskType=SimpleNamespace(PADDING_CAUSAL=None))
+    monkeypatch.setattr(cudnn, "_private", lambda: module)
+    for H, V in ((24, 16), (8, 24)):
+        q, k, v, seg, _ = make(2, 40, 2, 2, H, [packed(40, [10, 25]), packed(40, [40])], V)
+        q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        out = on_gpu(q, k, v, seg, implementation="cudnn")
+        np.testing.assert_array_equal(out, attention(q, k, v, seg, scale=0.3, implementation="reference"))
+
+
+@pytest.mark.parametrize("ignored", ["nothing", "segments", "windows", "sinks"])
+def test_the_self_check_finds_a_kernel_that_ignores_what_it_is_given(ignored, monkeypatch):
     def kernel(q, k, v, seg, sinks, *, scale, window):
-        seg = seg if honours_segments else jnp.ones_like(seg)
-        return reference_attention(q, k, v, seg, sinks, scale=scale, window=window)
+        given = {"segments": seg, "windows": window, "sinks": sinks}
+        given |= {ignored: jnp.ones_like(seg) if ignored == "segments" else None}
+        return reference_attention(q, k, v, given["segments"], given["sinks"], scale=scale, window=given["windows"])
 
     backend = api._backend
     monkeypatch.setattr(api, "_backend", lambda name, *more: kernel if name == "cudnn" else backend(name, *more))
-    fault = mesh.cudnn_fault.__wrapped__(Heads(2, 1, 8, values=values), "bfloat16")
-    assert fault is None if honours_segments else "output differs from the plain formula" in fault
+    heads = Heads(2, 1, 8, values=16)
+    fault = mesh.cudnn_fault.__wrapped__(heads, "bfloat16", sinks=True, windows=True)
+    assert fault is None if ignored == "nothing" else "output differs from the plain formula" in fault
+    if ignored in ("windows", "sinks"):
+        assert mesh.cudnn_fault.__wrapped__(heads, "bfloat16") is None
 
 
 # ---- choosing ----

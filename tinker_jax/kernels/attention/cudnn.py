@@ -37,24 +37,29 @@ def cudnn_attention(
     (T, N, H), V = q_BTNH.shape[1:], v_BTKV.shape[3]
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {q_BTNH.dtype.name}")
-    for width in (H, V):
-        if width > 256 or width % 8:
-            raise NotImplementedError(f"cuDNN attention takes head widths up to 256 that 8 divides, not {width}")
+    width = max(H, V)
+    if width > 256 or width % 8:
+        raise NotImplementedError(f"cuDNN attention takes head widths up to 256 that 8 divides, not {width}")
     if sinks_N is not None:
         raise NotImplementedError("cuDNN attention has no attention sinks: JAX drops the gradient of its log-sum-exp")
     if window is not None:
         raise NotImplementedError("cuDNN attention with a sliding window has not been tried on packed rows")
-    module = _private(least=90600 if H == V else 91000)
+    module = _private()
     if N != k_BTKH.shape[2] and jax.__version_info__ < (0, 11, 1):
         raise NotImplementedError(
             f"jax {jax.__version__} reads the wrong keys in packed cuDNN attention with fewer key than query heads "
             "(jax-ml/jax#39521); jax 0.11.1 does not"
         )
     starts_BS, lengths_BM, too_many_B = segments(segment_ids_BT, max(2, min(T, most_segments)))
+
+    def as_wide(x):
+        # JAX counts where a segment's values begin in the width of keys. Numbers that are zero change nothing.
+        return jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, width - x.shape[3])])
+
     out_BTNV = module.dot_product_attention(
-        q_BTNH,
-        k_BTKH,
-        v_BTKV,
+        as_wide(q_BTNH),
+        as_wide(k_BTKH),
+        as_wide(v_BTKV),
         q_seqlen=lengths_BM,
         kv_seqlen=lengths_BM,
         q_offsets=starts_BS,
@@ -63,7 +68,7 @@ def cudnn_attention(
         mask_type=module.MaskType.PADDING_CAUSAL,
         qkv_layout="BTNH",
     )
-    return jnp.where(too_many_B[:, None, None, None], jnp.nan, out_BTNV)
+    return jnp.where(too_many_B[:, None, None, None], jnp.nan, out_BTNV[..., :V])
 
 
 def segments(segment_ids_BT: jax.Array, M: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -86,5 +91,5 @@ def segments(segment_ids_BT: jax.Array, M: int) -> tuple[jax.Array, jax.Array, j
     return jnp.pad(starts_BM, [(0, 0), (0, 1)], constant_values=-1), lengths_BM, too_many_B
 
 
-def _private(least: int = 90600) -> Any:
-    return private("dot_product_attention", {"query", "key", "value", *_KEYWORDS}, least)
+def _private() -> Any:
+    return private("dot_product_attention", {"query", "key", "value", *_KEYWORDS}, 90600)
