@@ -236,12 +236,15 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused():
         grouped_matmul(x.astype(jnp.bfloat16), w, sizes, transposed=True, frozen=True)
 
 
+_by_expert, _combine = jax.jit(by_expert, static_argnums=1), jax.jit(combine)
+
+
 @settings(max_examples=40, deadline=None)
-@given(M=st.sampled_from([1, 5, 32]), K=st.integers(1, 4), E=st.sampled_from([1, 6, 40]), seed=st.integers(0, 99))
+@given(M=st.sampled_from([1, 32]), K=st.sampled_from([1, 3]), E=st.sampled_from([1, 6, 40]), seed=st.integers(0, 99))
 def test_dispatch_is_a_stable_sort_and_combine_its_weighted_inverse(M, K, E, seed):
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, E + 1, (M, K)).astype(np.int32)
-    rows, place, sizes = (np.asarray(a) for a in by_expert(jnp.asarray(ids), E))
+    rows, place, sizes = (np.asarray(a) for a in _by_expert(jnp.asarray(ids), E))
     order = np.argsort(ids.ravel(), kind="stable")
     np.testing.assert_array_equal(rows, order // K)
     np.testing.assert_array_equal(sizes, np.bincount(ids.ravel(), minlength=E + 1)[:E])
@@ -252,7 +255,7 @@ def test_dispatch_is_a_stable_sort_and_combine_its_weighted_inverse(M, K, E, see
     y, weights = rng.standard_normal((M * K, 3), np.float32), rng.standard_normal((M, K), np.float32)
     y[sizes.sum() :] = np.nan
     want = np.einsum("MK,MKD->MD", weights, np.where((ids < E)[:, :, None], y[inverse.reshape(M, K)], 0))
-    got = combine(jnp.asarray(y), jnp.where(ids < E, weights, jnp.nan), jnp.asarray(place))
+    got = _combine(jnp.asarray(y), jnp.where(ids < E, weights, jnp.nan), jnp.asarray(place))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -272,16 +275,17 @@ def test_gradients_of_spread_and_combine_are_those_of_plain_indexing():
         chosen = jnp.where(held, y[jnp.minimum(dispatch.place_MK, M * K - 1)], 0)
         return jnp.sum(jnp.sin(jnp.einsum("MK,MKD->MD", weights, chosen)))
 
-    for got, want in zip(jax.grad(ours, (0, 1))(x, weights), jax.grad(plain, (0, 1))(x, weights), strict=True):
+    for got, want in zip(
+        jax.jit(jax.grad(ours, (0, 1)))(x, weights), jax.jit(jax.grad(plain, (0, 1)))(x, weights), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     traced = jax.make_jaxpr(jax.grad(ours, (0, 1)))(x, weights)
     assert "scatter-add" not in {str(equation.primitive) for equation in equations(traced)}
 
 
 def test_combine_sums_in_float32_and_returns_the_dtype_of_y():
-    dispatch = by_expert(jnp.zeros((1, 300), jnp.int32), 1)
-    y = combine(jnp.ones((300, 2), jnp.bfloat16), jnp.ones((1, 300)), dispatch.place_MK)
-    assert y.dtype == jnp.bfloat16 and y[0, 0] == 300  # bfloat16 sums of ones stop at 256
+    y = combine(jnp.asarray([[256], [1], [1]], jnp.bfloat16), jnp.ones((1, 3)), jnp.arange(3, dtype=jnp.int32)[None])
+    assert y.dtype == jnp.bfloat16 and y[0, 0] == 258  # 256 + 1 is 256 in bfloat16
 
 
 def test_more_choices_than_an_integer_can_order_are_refused():
