@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tinker_jax.kernels.grouped_matmul import by_expert, combine, grouped_matmul
+from tinker_jax.kernels.grouped_matmul import by_expert, combine, grouped_matmul, spread
 from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
@@ -155,30 +155,30 @@ class Experts:
 
     def _routed(self, params, x_MD, weights_MK, ids_MK, z_MR, gate_up, down):
         """What the chosen experts make [M, D], and what their `a` of down make [M, R]."""
-        (M, K), dtype = ids_MK.shape, x_MD.dtype
-        rows_S, place_MK, sizes_E = by_expert(ids_MK, self.E)
-        flat = place_MK.reshape(-1)
-        weight_S = jnp.zeros(M * K, jnp.float32).at[flat].set(weights_MK.reshape(-1), unique_indices=True)
-        expert_S = jnp.zeros(M * K, jnp.int32).at[flat].set(ids_MK.reshape(-1), unique_indices=True)
+        dispatch, (M, K), dtype = by_expert(ids_MK, self.E), ids_MK.shape, x_MD.dtype
 
-        def product(x_SD, w, frozen, transposed):
-            return grouped_matmul(x_SD, w.astype(dtype), sizes_E, transposed=transposed, frozen=frozen)
+        def sorted_rows(x_MK: jax.Array) -> jax.Array:
+            return jnp.zeros(M * K, x_MK.dtype).at[dispatch.place_MK.reshape(-1)].set(x_MK.reshape(-1), mode="drop")
 
-        x_SD = x_MD[rows_S]
+        def product(x_SD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
+            return grouped_matmul(x_SD, w.astype(dtype), dispatch.sizes_E, transposed=frozen, frozen=frozen)
+
+        x_SD, expert_S = spread(x_MD, dispatch), sorted_rows(ids_MK)
+        z_SR = None if z_MR is None else spread(z_MR, dispatch)
         hidden = []
         for i, name in enumerate(("gate", "up")):
-            y_SF = product(x_SD, params[f"{name}_experts.kernel"], True, True)
+            y_SF = product(x_SD, params[f"{name}_experts.kernel"], True)
             if self.biases:
-                y_SF = y_SF + params[f"{name}_experts.bias"].at[expert_S].get(mode="fill", fill_value=0)
-            if z_MR is not None:
-                y_SF = y_SF + product(z_MR[rows_S], gate_up["b"][i], False, False)
+                y_SF = y_SF + params[f"{name}_experts.bias"][expert_S]
+            if z_SR is not None:
+                y_SF = y_SF + product(z_SR, gate_up["b"][i], False)
             hidden.append(checkpoint_name(y_SF, PRODUCTS))
-        h_SF = self.act(*hidden) * weight_S.astype(dtype)[:, None]
+        h_SF = self.act(*hidden) * sorted_rows(weights_MK).astype(dtype)[:, None]
         ones_MK = jnp.ones_like(weights_MK)
-        out_MD = combine(product(h_SF, params["down_experts.kernel"], True, True), ones_MK, place_MK)
+        out_MD = combine(product(h_SF, params["down_experts.kernel"], True), ones_MK, dispatch.place_MK)
         if down is None:
             return out_MD, None
-        return out_MD, combine(product(h_SF, down["a"], False, False), ones_MK, place_MK)
+        return out_MD, combine(product(h_SF, down["a"], False), ones_MK, dispatch.place_MK)
 
     def sizes(self, tensor: int) -> Sizes:
         """Numbers that it holds of a token, on each of `tensor` devices."""
