@@ -380,7 +380,7 @@ UNSUPPORTED = [
     ({"load_in_4bit": True}, "quant_method=None is not supported"),
     ({"quant_method": "x" * 10_000}, "quant_method='x+… is not supported"),
     (DEEPSEEK | {"fmt": "e5m2"}, "fmt='e5m2' " + ONLY.format("'e4m3'")),
-    (DEEPSEEK | {"weight_block_size": None}, r"weight_block_size=None \(a scale for each tensor\) is not supported"),
+    (DEEPSEEK | {"weight_block_size": None}, r"weight_block_size=None \(one scale for all of a tensor\) is not supported"),
     (groups(num_bits=8), r"config_groups\.group_0\.weights\.num_bits=8 " + ONLY.format("4")),
     (groups(type="float"), "type='float' " + ONLY.format("'int'")),
     (groups(symmetric=False), "symmetric=False " + ONLY.format("True")),

@@ -10,7 +10,7 @@ Besides plain floats, X may be stored as one of these (E experts, N rows, K colu
   `X_shape` [2] → X [N, K], X[i, j] = (code j of row i - 8) · scale[i, j // g].
 
 The lower half of a byte is the earlier code, and so is the lower byte of an integer. Values are products in float32, rounded
-to bfloat16: bit for bit what transformers makes of the same bytes.
+to bfloat16: bit for bit what transformers makes of MXFP4 and of FP8 in whole blocks.
 
 References:
     OCP Microscaling Formats (MX) Specification 1.0: e2m1, and scales that are powers of two.
@@ -41,6 +41,13 @@ _ROWS = 64
 _SUPPORTED = "supported are mxfp4, fp8 in blocks, and compressed-tensors with 4-bit integers in groups"
 _USE_BF16 = "Use the model's bf16 checkpoint."
 
+# An encoding tells how to find the parts of X, and how to read them:
+#   method: what config.json calls it.
+#   suffix, codes: end of the name, and dtype, of the part that holds the codes.
+#   companions, excluded: ends of the names of the other parts, and of parts that would change X in ways not implemented.
+#   shape(*parts): the shape of X; checks that the parts agree.
+#   fill(out, start, *parts): writes X into `out`, from index `start` of the leading axis on.
+
 
 @dataclass(frozen=True)
 class Mxfp4:
@@ -61,12 +68,12 @@ class Mxfp4:
 
     def fill(self, out: np.ndarray, start: int, blocks: TensorEntry, scales: TensorEntry) -> None:
         pairs = _mxfp4_pairs()
-        for e, X in enumerate(out.view(np.uint16), start):  # NumPy transposes its own types several times faster
+        for e, X in enumerate(out, start):
             codes_NGC, scale_NG = _rows(blocks, np.uint8, e, e + 1)[0], _rows(scales, np.uint8, e, e + 1)[0]
             for i in range(0, len(codes_NGC), _ROWS):
                 rows = slice(i, i + _ROWS)
                 index = scale_NG[rows, :, None].astype(np.uint16) << 8 | codes_NGC[rows]
-                X[:, rows] = pairs.take(index).view(np.uint16).reshape(len(index), len(X)).T
+                X[:, rows] = pairs.take(index).view(_BF16).reshape(len(index), len(X)).T
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,6 @@ class Int4:
     suffix: ClassVar[str] = "_packed"
     codes: ClassVar[str] = "I32"
     companions: ClassVar[tuple[str, ...]] = ("_scale", "_shape")
-    #: Parts of asymmetric weights and of reordered columns, which config.json is held not to announce.
     excluded: ClassVar[tuple[str, ...]] = ("_zero_point", "_g_idx")
 
     def shape(self, packed: TensorEntry, scale: TensorEntry, shape: TensorEntry) -> tuple[int, ...]:
@@ -242,7 +248,9 @@ def _fp8(section: Mapping[str, Any], place: str) -> Fp8:
     _only(section, place, "fmt", "e4m3", "e4m3")
     block = section.get("weight_block_size", [128, 128])
     if block is None:
-        raise UnsupportedError(f"{place}.weight_block_size=None (a scale for each tensor) is not supported; {_SUPPORTED}.")
+        raise UnsupportedError(
+            f"{place}.weight_block_size=None (one scale for all of a tensor) is not supported; {_SUPPORTED}. {_USE_BF16}"
+        )
     if not _check.is_list(block) or len(block) != 2:
         raise _check.refuse(f"{place}.weight_block_size", "a list of two integers", block)
     n, k = (_check.integer(size, f"{place}.weight_block_size", minimum=1, maximum=2**31 - 1) for size in block)
