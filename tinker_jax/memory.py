@@ -16,8 +16,8 @@ import jax
 
 from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.decoder import Remat, in_order
-from tinker_jax.models.weights import weights
-from tinker_jax.sharding import MESH_AXES
+from tinker_jax.models.weights import Weight, weights
+from tinker_jax.sharding import parts
 
 _MOST_TOKENS = 8192  # bounds how long other requests wait behind one program; not tuned
 _MOST_TOKENS_CPU = 1024  # of each of two at once, measured (docs/performance.md)
@@ -139,9 +139,14 @@ def _group_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/
     return found
 
 
-def base_bytes(cfg: ModelConfig, itemsize: int) -> int:
-    """Bytes of the frozen weights."""
-    return itemsize * sum(math.prod(w.full_shape) for w in weights(cfg))
+def base_bytes(cfg: ModelConfig, itemsize: int, mesh: Mapping[str, int] | None = None) -> int:
+    """Bytes of the frozen weights on each device of such a mesh."""
+    return sum(_weight_bytes(weight, itemsize, mesh or {}) for weight in weights(cfg))
+
+
+def _weight_bytes(weight: Weight, itemsize: int, mesh: Mapping[str, int]) -> int:
+    cut = math.prod(parts(mesh, axis) for axis in weight.axes if axis)
+    return math.prod(weight.full_shape) // cut * (4 if weight.exact else itemsize)
 
 
 def token_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> int:
@@ -171,20 +176,18 @@ def activation_bytes(cfg: ModelConfig, itemsize: int, remat: Remat, tensor: int 
 def least_bytes(cfg: ModelConfig, itemsize: int, mesh: Mapping[str, int] | None = None) -> int:
     """Bytes of each device without which nothing can be done: its weights, one short row in training with every layer
     recomputed, and keys and values of as many tokens."""
-    data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
-    del data
+    tensor = parts(mesh or {}, "heads")
     work = _SHORT_ROW * (activation_bytes(cfg, itemsize, "full", tensor) + token_bytes(cfg, itemsize, tensor))
-    return base_bytes(cfg, itemsize) // (fsdp * tensor) + work
+    return base_bytes(cfg, itemsize, mesh) + work
 
 
 def planned_bytes(cfg: ModelConfig, itemsize: int, plan: Plan, mesh: Mapping[str, int] | None = None) -> dict[str, int]:
     """Bytes of each device that a plan takes, by purpose."""
-    data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
-    tokens = plan.token_budget // (data * fsdp) * (AT_ONCE_CPU if plan.at_once else 1)
+    tokens = plan.token_budget // parts(mesh or {}, "rows") * (AT_ONCE_CPU if plan.at_once else 1)
     return {
-        "weights": base_bytes(cfg, itemsize) // (fsdp * tensor),
+        "weights": base_bytes(cfg, itemsize, mesh),
         "cache": plan.kv_bytes,
-        "activations": tokens * activation_bytes(cfg, itemsize, plan.remat, tensor),
+        "activations": tokens * activation_bytes(cfg, itemsize, plan.remat, parts(mesh or {}, "heads")),
     }
 
 
@@ -207,11 +210,10 @@ def plan(
         mesh: devices along each axis; absent axes have one.
         platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`.
     """
-    data, fsdp, tensor = ((mesh or {}).get(axis, 1) for axis in MESH_AXES)
-    base = base_bytes(cfg, itemsize) // (fsdp * tensor)
-    free = max(0, memory - base)
+    rows, tensor = parts(mesh or {}, "rows"), parts(mesh or {}, "heads")
+    free = max(0, memory - base_bytes(cfg, itemsize, mesh))
     most, at_once = _MOST_TOKENS_CPU if platform == "cpu" else _MOST_TOKENS, 1
-    if platform == "cpu" and data * fsdp * tensor == 1:
+    if platform == "cpu" and rows * tensor == 1:
         at_once = AT_ONCE_CPU
     tokens, remat = 0, POLICIES[-1]
     for remat in POLICIES:
@@ -221,7 +223,7 @@ def plan(
     kv_bytes = free // 5
     if platform == "cpu":
         kv_bytes = min(kv_bytes, max(_MOST_CACHED_CPU, cfg.context_length + 1) * token_bytes(cfg, itemsize, tensor))
-    layers = itemsize * sum(math.prod(w.full_shape) for w in weights(cfg) if w.stacked) // (fsdp * tensor)
+    layers = sum(_weight_bytes(weight, itemsize, mesh or {}) for weight in weights(cfg) if weight.stacked)
     unstack = platform == "gpu" and layers <= free // 2
-    budget = min(max(tokens // at_once, 1), most) * data * fsdp
+    budget = min(max(tokens // at_once, 1), most) * rows
     return Plan(budget, remat, kv_bytes, unstack, tokens if at_once > 1 else 0, memory)

@@ -1,7 +1,7 @@
 """Meshes, and the map from logical axes (what a dimension means) to mesh axes (where it is cut).
 
-`data` splits rows of a batch, `fsdp` splits rows and the model width of frozen weights, `tensor` splits heads, feed-forward
-width and vocabulary. GSPMD derives the collectives.
+`data` splits rows of a batch, `fsdp` splits rows and the model width of frozen weights, `expert` splits rows and experts,
+`tensor` splits heads, feed-forward width and vocabulary. GSPMD derives the collectives.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from jax.sharding import PartitionSpec as P
 
 from tinker_jax.types.errors import BadRequestError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 #: Logical axis → mesh axis. Axes that are absent are replicated.
 RULES: Mapping[str, str | tuple[str, ...]] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "experts": "expert",
     "mlp": "tensor",
     "vocab": "tensor",
 }
 
 
 def make_mesh(axis_sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over `data × fsdp × tensor`; missing axes have size 1; None is one device.
+    """Mesh over `data × fsdp × expert × tensor`; missing axes have size 1; None is one device.
 
     Raises:
         BadRequestError: an unknown axis, or more devices asked for than there are.
@@ -107,10 +108,10 @@ def on_default_cpu(mesh: Mesh) -> bool:
     return mesh.size == 1 and device.platform == "cpu" and device == jax.local_devices()[0]
 
 
-def parts(mesh: Mesh, axis: str) -> int:
-    """How many pieces the mesh cuts a logical axis into."""
-    mesh_axes = RULES[axis]
-    return math.prod(mesh.shape[a] for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
+def parts(mesh: Mesh | Mapping[str, int], axis: str) -> int:
+    """How many pieces a mesh, or one of such sizes, cuts a logical axis into; absent mesh axes have one device."""
+    mesh_axes, sizes = RULES[axis], mesh.shape if isinstance(mesh, Mesh) else mesh
+    return math.prod(sizes.get(a, 1) for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
 
 
 def check_divisible(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:

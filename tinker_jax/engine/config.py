@@ -12,7 +12,7 @@ from tinker_jax.types import _check
 from tinker_jax.types._show import brief
 from tinker_jax.types.errors import BadRequestError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class EngineConfig:
 
     Attributes:
         dtype: of the base model; None: float32 on CPU, bfloat16 on accelerators.
-        mesh: devices along each axis (`data`, `fsdp`, `tensor`), such as `{"fsdp": 4, "tensor": 2}`; None: one device.
+        mesh: devices along each axis (`data`, `fsdp`, `expert`, `tensor`), such as `{"fsdp": 4, "tensor": 2}`; None: one
+            device.
         memory: bytes of each device's memory the engine may plan with; None: what the device reports.
         home: directory of the checkpoints; None: `$TINKER_JAX_HOME`, or `~/.tinker_jax`.
         deterministic: sampling and training give the same numbers bit for bit whatever else runs or is in the call, at a cost:

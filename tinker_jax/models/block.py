@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from tinker_jax.kernels.decode_attention import PagedAttention
 from tinker_jax.kernels.heads import Heads
@@ -39,6 +40,11 @@ class Tokens(Protocol):
         """Bool: it is a token, and no padding."""
         ...
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """Where they are, for what GSPMD cannot cut; None: JAX's default device."""
+        ...
+
     def attend(
         self,
         q_MNH: jax.Array,
@@ -66,12 +72,14 @@ class Packed:
     Attributes:
         segment_ids_BT: int32; sequences of a row have ids of their own, padding has 0.
         ropes: see `Tokens`.
-        attention: `tinker_jax.kernels.attention.attention`, bound to a mesh where there is more than one device.
+        attention: `tinker_jax.kernels.attention.attention`, bound to `mesh` where there is more than one device.
+        mesh: see `Tokens`.
     """
 
     segment_ids_BT: jax.Array
     ropes: Ropes
     attention: Callable[..., jax.Array]
+    mesh: Mesh | None = None
     slots_MR: None = None
     kept = False
 
@@ -105,6 +113,10 @@ class Paged:
     pages: Any
     attention: PagedAttention
     kept = True
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.attention.mesh
 
     @property
     def real_M(self) -> jax.Array:

@@ -54,6 +54,7 @@ class Decoder:
         *,
         remat: Remat = "none",
         attention: Callable[..., jax.Array] = attention,
+        mesh: Mesh | None = None,
     ) -> tuple[jax.Array, list[Report]]:
         """Hidden states of whole, packed rows.
 
@@ -63,13 +64,14 @@ class Decoder:
             segment_ids_BT: int32 id of the sequence each token belongs to; padding has 0.
             lora: adapter with its scale folded in (`tinker_jax.lora.scaled`), or None for the bare base model.
             remat: what layers keep for the backward pass, see `_KEPT`.
-            attention: `tinker_jax.kernels.attention.attention`, bound to a mesh where there is more than one device.
+            attention: `tinker_jax.kernels.attention.attention`, bound to `mesh` where there is more than one device.
+            mesh: where the arrays are; None: JAX's default device.
 
         Returns:
             Hidden states after the final norm [B·T, D]; and what each layer reports.
         """
         tables = ropes(self.cfg, rope_tables(self.cfg, positions_BT.reshape(-1)))
-        tokens, reports = Packed(segment_ids_BT, tables, attention), {}
+        tokens, reports = Packed(segment_ids_BT, tables, attention, mesh), {}
 
         h_MD = embed(self.params, tokens_BT)
         for group in self.cfg.groups:

@@ -6,6 +6,7 @@ takes all tokens that chose it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -13,17 +14,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from tinker_jax.kernels.grouped_matmul import by_expert, combine, grouped_matmul, spread
 from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
 from tinker_jax.models.weights import Fused, Weight
+from tinker_jax.sharding import RULES
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Report, Tokens
 
 Params = Mapping[str, jax.Array]
+
+
+#: Logical axes of what belongs to experts one by one, as it stands on a mesh while they work: the model's width is whole.
+_OF_EXPERTS_AXES: Mapping[str, tuple[str | None, ...]] = {
+    "gate_experts.kernel": ("experts", "mlp", None),
+    "up_experts.kernel": ("experts", "mlp", None),
+    "down_experts.kernel": ("experts", None, "mlp"),
+    "gate_experts.bias": ("experts", "mlp"),
+    "up_experts.bias": ("experts", "mlp"),
+    "gate_up_experts.b": (None, "experts", None, "mlp"),
+    "down_experts.a": ("experts", "mlp", None),
+}
 
 
 class Router(Protocol):
@@ -135,14 +150,17 @@ class Experts:
         """Its part of the layer, [M, D], and `"expert_tokens"` int32 [E]: how many tokens chose each expert."""
         router_ED = params["router.kernel"].astype(jnp.float32)
         logits_ME = jnp.einsum("MD,ED->ME", x_MD.astype(jnp.float32), router_ED, precision="highest")
-        weights_MK, ids_MK = self.router(params, logits_ME)
+        weights_MK, ids_MK = self._choose(tokens.mesh, params, logits_ME)
         ids_MK = jnp.where(tokens.real_M[:, None], ids_MK, self.E)
         gate_up, down = lora.get("gate_up_experts"), lora.get("down_experts")
 
         z_MR = None
         if gate_up is not None:
             z_MR = _masked(checkpoint_name(x_MD @ gate_up["a"].astype(x_MD.dtype), PRODUCTS), tokens.slots_MR)
-        out_MD, z_down_MR = self._routed(params, x_MD, weights_MK, ids_MK, z_MR, gate_up, down)
+        own = {name: x for name, x in params.items() if name in _OF_EXPERTS_AXES}
+        own |= {} if gate_up is None else {"gate_up_experts.b": gate_up["b"]}
+        own |= {} if down is None else {"down_experts.a": down["a"]}
+        out_MD, z_down_MR = self._on_mesh(tokens.mesh, own, x_MD, weights_MK, ids_MK, z_MR)
         if down is not None:
             out_MD = out_MD + _masked(z_down_MR, tokens.slots_MR) @ down["b"].astype(x_MD.dtype)
         if self.biases:
@@ -153,32 +171,71 @@ class Experts:
             out_MD = out_MD + shared_MD
         return out_MD, {"expert_tokens": jnp.zeros(self.E + 1, jnp.int32).at[ids_MK.reshape(-1)].add(1)[: self.E]}
 
-    def _routed(self, params, x_MD, weights_MK, ids_MK, z_MR, gate_up, down):
-        """What the chosen experts make [M, D], and what their `a` of down make [M, R]."""
-        dispatch, (M, K), dtype = by_expert(ids_MK, self.E), ids_MK.shape, x_MD.dtype
+    def _choose(self, mesh, params, logits_ME):
+        """The router's choice, every device's for its own tokens: GSPMD would gather all logits for a `top_k`."""
+        if mesh is None or mesh.size == 1:
+            return self.router(params, logits_ME)
+        own, rows = {name: x for name, x in params.items() if name.startswith("router.")}, P(RULES["rows"])
+        return jax.shard_map(self.router, mesh=mesh, in_specs=(P(), rows), out_specs=(rows, rows), check_vma=False)(
+            own, logits_ME
+        )
+
+    def _on_mesh(self, mesh, own, x_MD, weights_MK, ids_MK, z_MR):
+        """`_routed` of all devices: a token goes to every device that shares its experts with others, and what they make of it
+        is summed. With several experts a token most devices have one of them, so that sending it only there would save little.
+        """
+        run = functools.partial(self._routed, mesh)
+        if mesh is None or mesh.size == 1:
+            return run(own, x_MD, weights_MK, ids_MK, z_MR)
+
+        def on_each_device(own, *tokens):
+            if mesh.shape["expert"] > 1:
+                tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, "expert", tiled=True), tokens)
+            x_MD, weights_MK, ids_MK, z_MR = tokens
+            here = self.E // mesh.shape["expert"]
+            ids_MK = ids_MK - here * jax.lax.axis_index("expert")
+            out = run(own, x_MD, weights_MK, jnp.where((ids_MK >= 0) & (ids_MK < here), ids_MK, here), z_MR)
+            if mesh.shape["tensor"] > 1:
+                out = jax.tree.map(lambda x: jax.lax.psum(x, "tensor"), out)
+            if mesh.shape["expert"] > 1:
+                out = jax.tree.map(lambda x: jax.lax.psum_scatter(x, "expert", tiled=True), out)
+            return out
+
+        rows = P(RULES["rows"])
+        specs = {name: P(*(RULES[axis] if axis else None for axis in _OF_EXPERTS_AXES[name])) for name in own}
+        out = rows, rows if "down_experts.a" in own else None
+        each = jax.shard_map(
+            on_each_device, mesh=mesh, in_specs=(specs, rows, rows, rows, rows), out_specs=out, check_vma=False
+        )
+        return each(own, x_MD, weights_MK, ids_MK, z_MR)
+
+    def _routed(self, mesh, own, x_MD, weights_MK, ids_MK, z_MR):
+        """What the chosen experts of a device make [M, D], and what their `a` of down make [M, R]."""
+        E, (M, K), dtype = own["gate_experts.kernel"].shape[0], ids_MK.shape, x_MD.dtype
+        dispatch = by_expert(ids_MK, E)
 
         def sorted_rows(x_MK: jax.Array) -> jax.Array:
             return jnp.zeros(M * K, x_MK.dtype).at[dispatch.place_MK.reshape(-1)].set(x_MK.reshape(-1), mode="drop")
 
         def product(x_SD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
-            return grouped_matmul(x_SD, w.astype(dtype), dispatch.sizes_E, transposed=frozen, frozen=frozen)
+            return grouped_matmul(x_SD, w.astype(dtype), dispatch.sizes_E, transposed=frozen, frozen=frozen, mesh=mesh)
 
         x_SD, expert_S = spread(x_MD, dispatch), sorted_rows(ids_MK)
         z_SR = None if z_MR is None else spread(z_MR, dispatch)
         hidden = []
         for i, name in enumerate(("gate", "up")):
-            y_SF = product(x_SD, params[f"{name}_experts.kernel"], True)
+            y_SF = product(x_SD, own[f"{name}_experts.kernel"], True)
             if self.biases:
-                y_SF = y_SF + params[f"{name}_experts.bias"][expert_S]
+                y_SF = y_SF + own[f"{name}_experts.bias"][expert_S]
             if z_SR is not None:
-                y_SF = y_SF + product(z_SR, gate_up["b"][i], False)
+                y_SF = y_SF + product(z_SR, own["gate_up_experts.b"][i], False)
             hidden.append(checkpoint_name(y_SF, PRODUCTS))
         h_SF = self.act(*hidden) * sorted_rows(weights_MK).astype(dtype)[:, None]
         ones_MK = jnp.ones_like(weights_MK)
-        out_MD = combine(product(h_SF, params["down_experts.kernel"], True), ones_MK, dispatch.place_MK)
-        if down is None:
+        out_MD = combine(product(h_SF, own["down_experts.kernel"], True), ones_MK, dispatch.place_MK)
+        if "down_experts.a" not in own:
             return out_MD, None
-        return out_MD, combine(product(h_SF, down["a"], False), ones_MK, dispatch.place_MK)
+        return out_MD, combine(product(h_SF, own["down_experts.a"], False), ones_MK, dispatch.place_MK)
 
     def sizes(self, tensor: int) -> Sizes:
         """Numbers that it holds of a token, on each of `tensor` devices."""

@@ -231,7 +231,7 @@ class LayerByLayer:
         return jax.tree.map(add, total, grads), g_MD
 
     def _layer(self, stack, params, scale, tables, segments, remat):
-        tokens, block = Packed(segments, ropes(self._cfg, tables), self._attention), self._stacks[stack].block
+        tokens, block = Packed(segments, ropes(self._cfg, tables), self._attention, self._mesh), self._stacks[stack].block
 
         def layer(h_MD, factors):
             return block(params, h_MD, tokens, lora_lib.scaled(factors, scale))

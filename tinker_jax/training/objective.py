@@ -106,7 +106,7 @@ def logprobs_of_hidden(
         targets.reshape(B * T, -1),
         lora=head,
         entropy=entropy,
-        tile=default_tile(cfg.V, block) * mesh.shape["data"] * mesh.shape["fsdp"],
+        tile=default_tile(cfg.V, block) * sharding.parts(mesh, "rows"),
         block=block,
     )
     return output.logprobs_MK.reshape(B, T, *columns), output.entropy_M

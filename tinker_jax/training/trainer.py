@@ -98,7 +98,7 @@ class Trainer:
     ) -> None:
         self._mesh, self._plan, self._others_wait, self._deterministic = mesh, plan, others_wait, deterministic
         self._targets = lora_targets(cfg)
-        self._row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._row_shards = sharding.parts(mesh, "rows")
         self._add = Program(lambda total, new: jax.tree.map(jnp.add, total, new), "add_gradients", donate=(1,))
         self._update = Program(optim.adamw, "optim_step")
         self._model = (

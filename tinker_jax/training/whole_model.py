@@ -113,7 +113,7 @@ class WholeModel:
         factors = lora_lib.scaled(adapter, scale)
         attention = functools.partial(self._attention, most_segments=most_segments)
         rows = batch["tokens"], batch["positions"], batch["segments"]
-        h_MD, reports = Decoder(self._cfg, params).forward(*rows, factors, remat=remat, attention=attention)
+        h_MD, reports = Decoder(self._cfg, params).forward(*rows, factors, remat=remat, attention=attention, mesh=self._mesh)
         return h_MD, factors.get("lm_head"), reports
 
     def step(self, adapter, scale, params, batch, config, *, loss_fn, backward, remat, trained, most_segments=MAX_SEGMENTS):

@@ -1,0 +1,71 @@
+"""Experts cut over a mesh compute what one device does, and their costs are what they should be."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tinker_jax import lora, memory, sharding
+from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.training.pending import complete
+from tinker_jax.training.trainer import Trainer
+from tinker_jax.training.whole_model import WholeModel
+from tinker_jax.types import Datum, LoraConfig, ModelInput
+
+
+def config(**changes):
+    cfg, _ = tiny.base_params("qwen3_moe", tiny.model("qwen3_moe"))
+    return dataclasses.replace(cfg, L=2, E=8, **changes)
+
+
+def random_params(cfg, mesh):
+    rng = np.random.default_rng(0)
+    values = {w.name: rng.normal(size=w.full_shape).astype(np.float32) * 0.2 for w in weights(cfg)}
+    return {w.name: jax.device_put(values[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
+
+
+def train(cfg, axes):
+    mesh = sharding.make_mesh(axes)
+    trainer = Trainer(cfg, random_params(cfg, mesh), mesh, memory.plan(cfg, 4, 8 << 30, mesh.shape, "cpu"))
+    state, rng = trainer.new_adapter(LoraConfig(rank=4), 0), np.random.default_rng(1)
+    stored = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), jax.device_get(state.stored()[0]))
+    state = trainer.place(state.lora, stored, None)
+    rows = [rng.integers(0, tiny.VOCAB, n + 1) for n in (70, 33, 1, 150, 90, 20, 64, 5)]
+    data = [Datum(ModelInput.from_ints(row[:-1].tolist()), {"target_tokens": row[1:]}) for row in rows]
+    logprobs, metrics = complete(trainer.forward_backward(state, data, "cross_entropy", None, backward=True)).finish()
+    return logprobs, metrics, jax.device_get(lora.trim(state.grads, 4))
+
+
+@pytest.mark.parametrize("axes", [{"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}])
+def test_experts_cut_over_a_mesh_train_as_one_device_does(axes):
+    expected, metrics, gradients = train(config(), None)
+    logprobs, cut, ours = train(config(), axes)
+    for a, b in zip(logprobs, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert cut == pytest.approx(metrics, rel=1e-5)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())), err_msg=str(path))
+
+
+def test_a_layer_gathers_tokens_over_the_expert_axis_and_scatters_their_sums():
+    cfg, axes = config(), {"expert": 8}
+    mesh = sharding.make_mesh(axes)
+    adapter = lora.abstract(lora_targets(cfg), 8, ("attn", "mlp"))
+    model = WholeModel(cfg, random_params(cfg, mesh), mesh, lambda trained: None, None)
+    numbers = {key: jax.ShapeDtypeStruct((8, 128), jnp.int32) for key in ("tokens", "positions", "segments", "sequences")}
+    rows = sharding.named(mesh, ("rows", None))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), numbers)
+    batch["target_tokens"] = batch["tokens"]
+    static = {"loss_fn": "cross_entropy", "backward": False, "remat": "none", "trained": ("attn", "mlp")}
+    step = jax.jit(model.step, static_argnames=tuple(static))
+    text = step.lower(adapter, np.float32(1), random_params(cfg, mesh), batch, {}, **static).compile().as_text()
+    kernels = [",".join(map(str, w.shape)) for w in weights(cfg) if w.experts]
+    gathered = [line for line in text.splitlines() if " all-gather(" in line]
+    assert not any(f"[{shape}]" in line for line in gathered for shape in kernels), "no device gathers experts"
+    # x, weights, ids and the adapter's z; what experts made, and z of down. One body for all layers.
+    assert len(gathered) <= 5, gathered
+    assert len(re.findall(r" (?:reduce-scatter|all-reduce)\(", text)) <= 6
