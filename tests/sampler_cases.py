@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from tinker_jax import lora, sharding
+from tinker_jax import lora, memory, sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.programs import Program
@@ -55,13 +55,12 @@ def make(family="qwen3", *, mesh=None, pages=1024, deterministic=False, stop_ids
     cfg = dataclasses.replace(cfg, **change)
     mesh = sharding.make_mesh(mesh and dict(mesh))
     placed = {w.name: jax.device_put(params[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
-    heads = 1 if cfg.K % sharding.parts(mesh, "kv_heads") else sharding.parts(mesh, "kv_heads")
     return Sampler(
         cfg,
         placed,
         mesh=mesh,
         dtype=jnp.float32,
-        kv_bytes=(pages + 1) * PAGE * 2 * cfg.L * cfg.K * cfg.H * 4 // heads,
+        kv_bytes=(pages + 1) * PAGE * memory.token_bytes(cfg, 4, sharding.parts(mesh, "kv_heads")),
         stop_ids=stop_ids,
         decode_text=decode_text,
         deterministic=deterministic,
@@ -87,9 +86,9 @@ def small():
 
 
 @cache
-def adapter(seed, rank=4, groups=("attn", "mlp", "unembed")):
+def adapter(seed, rank=4, groups=("attn", "mlp", "unembed"), family="qwen3"):
     """A scaled adapter, far from zero."""
-    _, cfg, _ = model()
+    _, cfg, _ = model(family)
     tree = lora.init(seed, lora_targets(cfg), rank, groups)
     leaves, shape = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
@@ -98,8 +97,9 @@ def adapter(seed, rank=4, groups=("attn", "mlp", "unembed")):
 
 def placed(sampler, tree):
     """An adapter where a sampler's mesh wants it."""
-    groups = [name for name, module in (("attn", "q_proj"), ("mlp", "up_proj")) if module in tree.get("layers", {})]
-    axes = lora.logical_axes(lora_targets(model()[1]), [*groups, *(["unembed"] if "lm_head" in tree else [])])
+    targets = lora_targets(sampler._cfg)
+    groups = {t.group for t in targets if t.module in (tree.get(t.stack, {}) if t.stack else tree)}
+    axes = lora.logical_axes(targets, sorted(groups))
     mesh = sampler._runner._caches.mesh
     return jax.tree.map(lambda x, names: jax.device_put(x, sharding.named(mesh, names)), tree, axes)
 

@@ -1,0 +1,76 @@
+"""Sampling from every family with kinds of layer of its own: rows under different adapters, on one device and on a mesh."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+from families import merged
+from sampler_cases import adapter, ask, check, device_alone, finish, make, model, placed, submit, tokens_of
+
+from tinker_jax import memory
+from tinker_jax.models.decoder import in_order
+
+FAMILIES = [family for family in tiny.FAMILIES if family not in tiny.DENSE]
+
+
+class Merged:
+    """A transformers model with an adapter folded in, for `check`."""
+
+    def __init__(self, family, tree):
+        reference, cfg, _ = model(family)
+        factors = jax.tree.map(lambda x: torch.tensor(np.array(x)), tree)
+        self._model, self._state = reference, merged(cfg, reference, factors, 1.0)
+
+    def __call__(self, ids):
+        return torch.func.functional_call(self._model, self._state, (ids,), tie_weights=False)
+
+
+@cache
+def reference(family, seed):
+    return model(family)[0] if seed is None else Merged(family, adapter(seed, rank=3, family=family))
+
+
+def check_side_by_side(sampler, family, atol=1e-4):
+    """Two adapters and the base model in one batch, prompts of several chunks and pages among them."""
+    asks = [(seed, tokens_of(n)) for seed in (None, 1, 2) for n in (5, 130)]
+    futures = []
+    for seed, prompt in asks:
+        tree = None if seed is None else placed(sampler, adapter(seed, rank=3, family=family))
+        request = ask(prompt, max_tokens=6, seed=1, stop=[], prompt_logprobs=True)
+        futures.append(submit(sampler, request, "base" if seed is None else seed, tree))
+    for (seed, prompt), response in zip(asks, finish(sampler, *futures), strict=True):
+        assert len(response.sequences[0].tokens) == 6
+        check(reference(family, seed), prompt, response, atol=atol)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_under_different_adapters_have_the_log_probabilities_of_their_own(family):
+    check_side_by_side(make(family), family)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", *(slow(family) for family in FAMILIES if family != "gpt_oss")])
+def test_one_program_for_the_whole_model_gives_the_same(family):
+    check_side_by_side(device_alone(family=family), family)
+
+
+@pytest.mark.parametrize(
+    "family, axes", [slow("qwen3_moe", {"expert": 2, "tensor": 2}), ("deepseek_v3", {"expert": 4, "tensor": 2})]
+)
+def test_a_mesh_gives_the_same(family, axes):
+    check_side_by_side(make(family, mesh=tuple(axes.items())), family)
+
+
+def test_the_latent_cache_holds_one_vector_a_token():
+    _, cfg, _ = model("deepseek_v3")
+    assert memory.token_bytes(cfg, 2) == len(in_order(cfg)) * (22 + 6) * 2
+    sampler = make("deepseek_v3", pages=4)
+    sampler.allocate()
+    (pool,) = sampler._runner._pages
+    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * 64 * memory.token_bytes(cfg, 4)
