@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinker_jax.kernels.grouped_matmul import loop
+from tinker_jax.kernels.grouped_matmul import blocks
 from tinker_jax.kernels.grouped_matmul.reference import reference_grouped_matmul
 
 _MODULE = "jax.experimental.pallas.ops.gpu"
@@ -41,15 +41,17 @@ def check(D: int, N: int, dtype: Any, compute_capability: str | None, *, on_this
         raise NotImplementedError(f"the kernel is for compute capability 9.0 (Hopper), the GPU has {compute_capability}")
     if name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"the kernel takes bfloat16 and float16, not {name}")
-    if D % 16 or N % 16:
-        raise NotImplementedError(f"the kernel takes widths that 16 divides, not {D} and {N}")
+    if D % 8 or N % 8:
+        raise NotImplementedError(f"the kernel takes widths that 8 divides, not {D} and {N}")
     _kernel("ragged_dot")
     if on_this_device and (wrong := fault(product, D, N, name)):
         raise NotImplementedError(f"the kernel failed its self-check: {wrong}")
 
 
 def product(x_SD: jax.Array, w: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
-    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`."""
+    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`. Widths are filled up to a multiple of 16: an adapter's may be 8."""
+    width = w.shape[1 if transposed else 2]
+    x_SD, w = jnp.pad(x_SD, [(0, 0), (0, -x_SD.shape[1] % 16)]), jnp.pad(w, [(0, 0), *((0, -n % 16) for n in w.shape[1:])])
     S, D = x_SD.shape
     N = w.shape[1 if transposed else 2]
     block_n = _divisor(N, 128)
@@ -65,10 +67,10 @@ def product(x_SD: jax.Array, w: jax.Array, sizes_E: jax.Array, *, transposed: bo
         transpose_rhs=transposed,
     )
     used_S1 = jnp.arange(S)[:, None] < jnp.sum(sizes_E)  # the kernel does not write the rows behind
-    return jnp.where(used_S1, y_SN, 0)
+    return jnp.where(used_S1, y_SN, 0)[:, :width]
 
 
-weight_gradient = loop.weight_gradient
+weight_gradient = blocks.weight_gradient
 """Of LoRA's factors. JAX's kernel for it cannot be compiled for a card that is not there, and asks for wider factors."""
 
 
