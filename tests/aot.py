@@ -38,9 +38,11 @@ device_description_str: "NVIDIA H200"
 """What XLA has to know of the card to compile for it."""
 
 
-def mesh_of(devices, shape: tuple[int, int, int]) -> Mesh:
-    """Mesh of ours over the devices of a topology, in its order."""
-    return Mesh(np.asarray(devices).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def mesh_of(devices, shape: tuple[int, int, int], expert: int = 1) -> Mesh:
+    """Mesh of ours over the devices of a topology, in its order; `shape` is that of data, fsdp and tensor."""
+    data, fsdp, tensor = shape
+    grid = np.asarray(devices).reshape(data, fsdp, expert, tensor)
+    return Mesh(grid, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES))
 
 
 def abstract_params(mesh: Mesh, cfg: DenseConfig) -> dict[str, jax.ShapeDtypeStruct]:

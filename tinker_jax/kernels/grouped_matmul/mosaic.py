@@ -49,7 +49,7 @@ def check(D: int, N: int, dtype: Any, compute_capability: str | None, *, on_this
 
 
 def product(x_SD: jax.Array, w: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
-    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`. Widths are filled up to a multiple of 16: an adapter's may be 8."""
+    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`. Widths are filled up to multiples of 16."""
     width = w.shape[1 if transposed else 2]
     x_SD, w = jnp.pad(x_SD, [(0, 0), (0, -x_SD.shape[1] % 16)]), jnp.pad(w, [(0, 0), *((0, -n % 16) for n in w.shape[1:])])
     S, D = x_SD.shape
