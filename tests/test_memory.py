@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+import transformers
 
 from tinker_jax import sharding
 from tinker_jax.lora import abstract
@@ -34,9 +35,33 @@ def test_recomputing_needs_far_less_than_keeping():
     assert full < attention < none / 3 and full < none / 5
 
 
-@pytest.mark.parametrize("remat", POLICIES)
-def test_the_estimate_is_what_a_compiled_training_step_takes(remat):
-    T, cfg = 2048, DenseConfig("qwen3", 512, 512, 1536, 5, 8, 4, 64, Rope(64, 1e6), 1e-6, False, False, True, 4096)
+WIDE = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 5, "num_attention_heads": 8}
+EXPERTS = {"num_experts_per_tok": 4, "moe_intermediate_size": 192}
+CONFIGS = {
+    "qwen3": transformers.Qwen3Config(**WIDE, num_key_value_heads=4, head_dim=64),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**WIDE, **EXPERTS, num_key_value_heads=4, head_dim=64, num_experts=16),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **WIDE,
+        **EXPERTS,
+        num_key_value_heads=8,
+        first_k_dense_replace=1,
+        n_routed_experts=16,
+        n_group=4,
+        topk_group=2,
+        q_lora_rank=192,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "family, remat", [*(("qwen3", remat) for remat in POLICIES), ("qwen3_moe", "none"), ("deepseek_v3", "full")]
+)
+def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat):
+    T, cfg = 2048, parse(CONFIGS[family].to_dict())
     params = {w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.float32) for w in weights(cfg)}
     mesh, lora = sharding.make_mesh(None), LoraConfig(rank=32)
     adapter = abstract(lora_targets(cfg), lora.rank, groups(lora))

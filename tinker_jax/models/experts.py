@@ -240,7 +240,7 @@ class Experts:
     def sizes(self, tensor: int) -> Sizes:
         """Numbers that it holds of a token, on each of `tensor` devices."""
         width, k = -(-self.F // tensor), self.router.k
-        own = Sizes(products=2 * k * width + 2 * ADAPTER_RANK, working=(3 + 2 * k) * self.D + 8 * k * width)
+        own = Sizes(products=2 * k * width + 2 * ADAPTER_RANK, working=(3 + 4 * k) * self.D + 10 * k * width)
         return own + self.shared.sizes(tensor) if self.shared else own
 
 

@@ -118,7 +118,7 @@ class LatentAttention:
         q, kv, v = (-(-self.N * width // tensor) for width in (self.H + self.rope.width, self.H + self.V, self.V))
         latents = (self.Q or 0) + self.C + self.rope.width
         products = self.D + q + kv + latents + 5 * ADAPTER_RANK
-        return Sizes(products, residuals=v, residuals_f32=self.N // tensor, working=3 * self.D + 6 * q + 2 * kv + 2 * latents)
+        return Sizes(products, residuals=v, residuals_f32=self.N // tensor, working=3 * self.D + 12 * q + 6 * kv + 4 * latents)
 
 
 class _Up:
