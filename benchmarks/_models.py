@@ -3,6 +3,8 @@
 tiny        random Qwen3: hidden 256, 4 layers, 8 heads, 4 key/value heads of width 32, vocabulary as a case says
 real        SmolLM2-135M-Instruct as `make real-model` builds it: Llama, 30 layers, vocabulary 49,152
 qwen3-0.6b  the published shape of Qwen3-0.6B with random weights: 28 layers, vocabulary 151,936
+moe8        random Qwen3-MoE: hidden 384, 16 layers of 8 experts of width 256, 2 of them a token, vocabulary 8,192
+moe64       random Qwen3-MoE: hidden 256, 16 layers of 64 experts of width 128, 8 of them a token, vocabulary 8,192
 """
 
 from __future__ import annotations
@@ -17,14 +19,23 @@ from typing import Any
 
 import _sides
 
-from tinker_jax.models import config
-from tinker_jax.models.dense import DenseConfig
+from tinker_jax.models import registry
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.weights import weights
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import real_model
 
-RANKS = {"tiny": 32, "real": 16, "qwen3-0.6b": 16}
+RANKS = {"tiny": 32, "real": 16, "qwen3-0.6b": 16, "moe8": 16, "moe64": 16}
+_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 8192,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "qwen3",
@@ -53,6 +64,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": True,
     },
+    "moe8": _MOE
+    | {
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "moe_intermediate_size": 256,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "moe64": _MOE
+    | {
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "moe_intermediate_size": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+    },
 }
 TOY = {"vocab_size": _sides.VOCAB, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -80,12 +107,16 @@ def locate(root: Path, model: str, vocab: int = _sides.VOCAB, *, quick: bool) ->
 
 
 def _random(model: str, vocab: int, quick: bool) -> Any:
-    """A transformers model with random weights: tiny ones in float32, large ones in bfloat16, as published."""
+    """A transformers model with random weights: the tiny one in float32, others in bfloat16, as published."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    kinds = {"llama": transformers.LlamaForCausalLM, "qwen3": transformers.Qwen3ForCausalLM}
+    kinds = {
+        "llama": transformers.LlamaForCausalLM,
+        "qwen3": transformers.Qwen3ForCausalLM,
+        "qwen3_moe": transformers.Qwen3MoeForCausalLM,
+    }
     shape = {"vocab_size": vocab, "max_position_embeddings": 16_384, **SHAPES[model]}
     if quick and model != "tiny":
         shape |= TOY
@@ -93,12 +124,12 @@ def _random(model: str, vocab: int, quick: bool) -> Any:
     return kind(kind.config_class(**shape)).to(torch.float32 if model == "tiny" else torch.bfloat16)
 
 
-def shape_of(directory: Path) -> DenseConfig:
+def shape_of(directory: Path) -> ModelConfig:
     """Its numbers."""
-    return config.parse(json.loads((directory / "config.json").read_text()))
+    return registry.parse(json.loads((directory / "config.json").read_text()))
 
 
-def weight_bytes(cfg: DenseConfig, dtype: str) -> int:
+def weight_bytes(cfg: ModelConfig, dtype: str) -> int:
     """Bytes of the base weights that a decode step reads: all but an embedding that is not the head too."""
     looked_up = 0 if cfg.tied else cfg.V * cfg.D
     return ITEMSIZE[dtype] * (sum(math.prod(weight.full_shape) for weight in weights(cfg)) - looked_up)

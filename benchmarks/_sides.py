@@ -17,6 +17,7 @@ from typing import Any
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 2048
+ALPHA = 32
 
 
 def sequences(seed: int, lengths: Sequence[int], vocab: int = VOCAB) -> list[list[int]]:
@@ -72,11 +73,18 @@ def torch_side(directory: str, rank: int, dtype: str = "float32") -> tuple[Any, 
 
 
 def with_lora(model: Any, rank: int) -> tuple[Any, Any]:
-    """(PEFT model with an adapter on the seven projections, AdamW over it) of a transformers model."""
+    """(PEFT model with an adapter on all linears of its layers, AdamW over it) of a transformers model. PEFT adapts the
+    projections, `_torch_experts` experts."""
     import peft
     import torch
 
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=32, target_modules=PROJECTIONS)).train()
+    sparse = hasattr(model.config, "num_experts")
+    projections = PROJECTIONS[:4] if sparse else PROJECTIONS
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=projections)).train()
+    if sparse:
+        from _torch_experts import adapt
+
+        adapt(model.get_base_model(), rank, ALPHA / rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
 

@@ -1,7 +1,7 @@
 """Sampling speed and memory side by side with transformers' `generate` and PEFT, on the same CPU in one run.
 
-Unmerged LoRA adapters on the seven projections, of rank 32 on the tiny random Qwen3 and 16 on the other models of
-`_models.py`; float32 unless the case says otherwise; temperature 1, no stops, prefill included:
+Unmerged LoRA adapters on all linears of the layers, those of experts as in `train.py`, of rank 32 on the tiny random Qwen3 and
+16 on the other models of `_models.py`; float32 unless the case says otherwise; temperature 1, no stops, prefill included:
 
     uniform          tiny, 16 prompts of 64 tokens, 128 new tokens each
     mixed            tiny, 64 requests, prompts of 16–512 and outputs of 16–256 tokens, all different
@@ -13,6 +13,7 @@ Unmerged LoRA adapters on the seven projections, of rank 32 on the tiny random Q
     real group       SmolLM2-135M-Instruct, the requests of `group`
     qwen3-0.6b       Qwen3-0.6B's shape, 4 prompts of 64 tokens, 32 new ones each
     qwen3-0.6b bf16  the same in bfloat16
+    moe8, moe64      random Qwen3-MoE with 8 and 64 experts, 16 prompts of 64 tokens, 128 new ones each
 
 Without `--cases` all run but those of Qwen3-0.6B's shape. Those on the real model are passed over where `make real-model` has
 not built it.
@@ -131,6 +132,8 @@ CASES |= {
     "real group": replace(CASES["group"], ways=(Way(4),), repeats=1, model="real"),
     "qwen3-0.6b": Case((64,) * 4, (32,) * 4, (Way(4),), model="qwen3-0.6b"),
     "qwen3-0.6b bf16": Case((64,) * 4, (32,) * 4, (Way(4),), model="qwen3-0.6b", dtype="bfloat16"),
+    "moe8": replace(CASES["uniform"], model="moe8"),
+    "moe64": replace(CASES["uniform"], model="moe64"),
 }
 
 

@@ -1,7 +1,8 @@
 """Training speed and memory side by side with PyTorch + transformers + PEFT, doing the same work on the same CPU in one run.
 
-LoRA on the seven projections, of rank 32 on the tiny random Qwen3 and 16 on the other models of `_models.py`; float32 unless
-the case says otherwise; a step is forward, backward and AdamW. Only real tokens count, on both sides.
+LoRA on all linears of the layers, of rank 32 on the tiny random Qwen3 and 16 on the other models of `_models.py`; float32
+unless the case says otherwise; a step is forward, backward and AdamW. PEFT has no adapter of experts in Tinker's
+parametrisation: that is written in torch (`_torch_experts.py`). Only real tokens count, on both sides.
 
     uniform          tiny, 8 sequences of 512
     ragged           tiny, 32 sequences of log-normal lengths (median 300, sigma 0.9, clipped to 64–2048)
@@ -11,6 +12,7 @@ the case says otherwise; a step is forward, backward and AdamW. Only real tokens
     real ragged      SmolLM2-135M-Instruct, 32 sequences of log-normal lengths clipped to 64–1024
     qwen3-0.6b       Qwen3-0.6B's shape, 4 × 256
     qwen3-0.6b bf16  the same in bfloat16
+    moe8, moe64      random Qwen3-MoE with 8 and 64 experts, 8 × 256
     overhead         ours alone: what the API adds to a call, on the embedded tiny model with one sequence of 16 tokens
 
 Without `--cases` all run but those of Qwen3-0.6B's shape. Those on the real model are passed over where `make real-model` has
@@ -78,6 +80,8 @@ CASES = {
     "real ragged": Case(ragged_lengths(32, 1024), repeats=1, model="real", micro_batch=4),  # 8 take more than 24 GiB
     "qwen3-0.6b": Case((256,) * 4, repeats=2, model="qwen3-0.6b"),
     "qwen3-0.6b bf16": Case((256,) * 4, repeats=2, model="qwen3-0.6b", dtype="bfloat16"),
+    "moe8": Case((256,) * 8, repeats=3, model="moe8"),
+    "moe64": Case((256,) * 8, repeats=3, model="moe64"),
 }
 
 

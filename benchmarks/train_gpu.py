@@ -1,7 +1,7 @@
-"""LoRA training of Qwen3 shapes on an accelerator: tokens/s, utilisation, memory, compile time; beside torch + PEFT there.
+"""LoRA training of published shapes on an accelerator: tokens/s, utilisation, memory, compile time; beside torch + PEFT there.
 
-Random bfloat16 weights are made on the device, nothing is read or fetched. LoRA rank 16 on the seven projections, AdamW; a
-step is 8 rows, each model in layouts
+Random bfloat16 weights are made on the device, nothing is read or fetched. LoRA rank 16 on all linears of the layers, those of
+experts in Tinker's parametrisation, AdamW; a step is 8 rows, each model in layouts
 
     2048     one document of 2,048 tokens a row
     packed   the same number of tokens in documents of 64 to 1,024, which fill rows of 2,048 exactly
@@ -9,15 +9,19 @@ step is 8 rows, each model in layouts
 
 Ours goes through the trainer under the memory planner's micro-batches and rematerialisation. Torch takes 2 rows × 4
 micro-batches with sdpa under bfloat16 autocast, without gradient checkpointing or, where that does not fit, with it; packed
-documents are full rows to it, so its `2048` figure stands for both.
+documents are full rows to it, so its `2048` figure stands for both. Models with experts (30B-A3B: 61 GB of weights;
+gpt-oss-20B: 42 GB) run when `--models` names them, ours alone: PEFT has no such adapter of experts.
 
 FLOPs a token (LoRA has no gradients of frozen weights to compute, so a product costs 4 and not 6 of its parameters' number):
 
-    model     4 · N_matmul + 3 · A     N_matmul: parameters of the layers' linears and the head, embedding left out
-                                       A: forward causal attention, 2 · L · N · H · mean over tokens of (document length + 1)
+    model     4 · N_matmul + 3 · A     N_matmul: parameters of the layers' linears, of experts those that a token chooses,
+                                       and of the head, embedding left out
+                                       A: forward attention, the sum over layers of 4 · N · H · mean number of tokens
+                                       that a token attends to: itself and all before it, or those in the window
     hardware  model + A / 2 (scores are computed again) + what rematerialisation
-              repeats: with `attention` and `full` 2 · N of the layers' linears but down_proj; with `full`, and on a GPU in
-              any case, because cuDNN's results cannot be kept, A. `none` repeats elementwise work only, which is not counted
+              repeats: with `attention` and `full` 2 · N of the layers' linears but `down`; with `full`, and where cuDNN attends
+              (on a GPU, without sinks and windows), whose results cannot be kept, A. `none` repeats elementwise work and the
+              router's product only, which are not counted
 
 MFU is model FLOPs over time and the chip's dense bfloat16 peak (`--peak`), hardware utilisation the same with hardware FLOPs;
 the adapter's own products, a hundredth or two, are not counted. Peak memory is the allocator's, for ours that of all layouts up
@@ -41,11 +45,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _qwen3
+import _shapes
 import _sides
-from _qwen3 import MODELS, SMOKE_MODEL
+from _shapes import MODELS
 
+from tinker_jax.models.config import ModelConfig
+from tinker_jax.models.decoder import in_order
 from tinker_jax.models.dense import DenseConfig
+from tinker_jax.models.weights import weights
 
 RANK, ROWS, TORCH_ROWS, STEPS = 16, 8, 2, 5
 DOCUMENTS = (1024, 512, 256, 128, 64, 64)  # of a packed row of 2,048
@@ -62,7 +69,7 @@ def documents(layout: str, smoke: bool) -> tuple[int, ...]:
 # ---- arithmetic ----
 
 
-def flops_per_token(cfg: DenseConfig, lengths: Sequence[int], remat: str | None = None, platform: str = "gpu") -> float:
+def flops_per_token(cfg: ModelConfig, lengths: Sequence[int], remat: str | None = None, platform: str = "gpu") -> float:
     """Floating-point operations of LoRA training by the formula at the top of this file.
 
     Args:
@@ -71,21 +78,30 @@ def flops_per_token(cfg: DenseConfig, lengths: Sequence[int], remat: str | None 
         remat: policy whose hardware FLOPs are wanted; None: model FLOPs.
         platform: where it ran.
     """
-    down = cfg.D * cfg.F
-    linear = cfg.L * (2 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.K * cfg.H + 3 * down)
-    head = cfg.V * cfg.D
-    attention = 2 * cfg.L * cfg.N * cfg.H * sum(n * (n + 1) for n in lengths) / sum(lengths)
-    model = 4 * (linear + head) + 3 * attention
+    kernels = [w for w in weights(cfg) if w.layers and w.name.endswith("kernel")]
+    linear, down = (
+        _shapes.parameters(own, _shapes.chosen(cfg)) for own in (kernels, [w for w in kernels if w.module.startswith("down")])
+    )
+    mixers = [stack.block.attn for stack, _ in in_order(cfg)]
+    per_pair = ((2 * attn.heads.N * (attn.heads.H + attn.heads.V), attn.window) for attn in mixers)
+    attention = sum(flops * sum(pairs(n, window) for n in lengths) for flops, window in per_pair) / sum(lengths)
+    model = 4 * (linear + cfg.V * cfg.D) + 3 * attention
     if remat is None:
         return model
-    again = 2 * (linear - cfg.L * down) * (remat != "none") + attention * (remat == "full" or platform == "gpu")
-    return model + attention / 2 + again
+    cudnn = platform == "gpu" and not any(attn.sinks or attn.window for attn in mixers)
+    return model + attention / 2 + 2 * (linear - down) * (remat != "none") + attention * (remat == "full" or cudnn)
+
+
+def pairs(length: int, window: int | None) -> int:
+    """Pairs of a token and one that it attends to, in a document."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 # ---- sides, each in a child ----
 
 
-def ours(cfg: DenseConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
+def ours(cfg: ModelConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
     """Results of the layouts, one by one."""
     import jax
 
@@ -96,7 +112,7 @@ def ours(cfg: DenseConfig, layouts: Sequence[str], smoke: bool, profile: str | N
     mesh = sharding.make_mesh()
     platform = mesh.devices.flat[0].platform
     plan = memory.plan(cfg, 2, memory.device_bytes(), mesh.shape, platform)
-    trainer = Trainer(cfg, _qwen3.random_weights(cfg, mesh), mesh, plan)
+    trainer = Trainer(cfg, _shapes.random_weights(cfg, mesh), mesh, plan)
     for layout in layouts:
         lengths = documents(layout, smoke)
         data = _sides.datums(_sides.sequences(1, [n + 1 for n in lengths], cfg.V))
@@ -121,16 +137,17 @@ def ours(cfg: DenseConfig, layouts: Sequence[str], smoke: bool, profile: str | N
                 step()
 
 
-def peft(cfg: DenseConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
-    """The same with torch, on CUDA, or on the CPU for a smoke run, `packed` left out; nothing without torch and PEFT."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
+def peft(cfg: ModelConfig, layouts: Sequence[str], smoke: bool, profile: str | None = None) -> Iterator[dict[str, Any]]:
+    """The same with torch, on CUDA, or on the CPU for a smoke run, `packed` left out; nothing without torch and PEFT, and of
+    models with experts."""
+    if not isinstance(cfg, DenseConfig) or not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
         return
     import torch
 
     if not smoke and not torch.cuda.is_available():
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, optimizer = _sides.with_lora(_qwen3.torch_model(cfg, device), RANK)
+    model, optimizer = _sides.with_lora(_shapes.torch_model(cfg, device), RANK)
 
     def step(rows: Sequence[Sequence[int]]) -> None:
         for at in range(0, len(rows), TORCH_ROWS):
@@ -262,7 +279,7 @@ def against(rate: float, theirs: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     split = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--models", type=split, default=list(MODELS), help="of " + ", ".join(MODELS))
+    parser.add_argument("--models", type=split, default=list(_shapes.DENSE), help="of " + ", ".join(MODELS))
     parser.add_argument("--layouts", type=split, default=list(LAYOUTS), help="of " + ", ".join(LAYOUTS))
     parser.add_argument("--peak", type=float, default=989.0, help="dense bfloat16 TFLOP/s of the chip (H100 and H200: 989)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the whole run")
@@ -275,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for given, known in ((args.models, MODELS), (args.layouts, LAYOUTS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"unknown {unknown[0]!r}; known are {', '.join(known)}")
-    models = {name: SMOKE_MODEL if args.smoke else MODELS[name] for name in args.models}
+    models = {name: (_shapes.SMOKE if args.smoke else MODELS)[name] for name in args.models}
     if args.side:
         logging.disable(logging.WARNING)
         for line in SIDES[args.side](models[args.models[0]], args.layouts, args.smoke, args.profile):

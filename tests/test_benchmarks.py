@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import _models
+import _shapes
 import _sides
 import determinism
 import jax
@@ -23,11 +24,13 @@ import pytest
 import rl_loop
 import sample
 import sample_gpu
+import torch
 import train
 import train_gpu
 from jaxprs import equations
 
 from tinker_jax import lora
+from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from tinker_jax.memory import base_bytes
 from tinker_jax.models.decoder import Decoder, unembedding
@@ -37,18 +40,28 @@ from tinker_jax.types import SampleResponse
 BENCHMARKS = Path(train.__file__).parent
 
 
-@pytest.mark.parametrize(("name", "billions"), [("0.6B", 0.596), ("1.7B", 1.72), ("4B", 4.02), ("8B", 8.19)])
+SHAPES = [("0.6B", 0.596), ("1.7B", 1.72), ("4B", 4.02), ("8B", 8.19), ("30B-A3B", 30.53), ("gpt-oss-20B", 20.91)]
+
+
+@pytest.mark.parametrize(("name", "billions"), SHAPES)
 def test_the_shapes_have_the_published_number_of_parameters(name, billions):
     assert base_bytes(train_gpu.MODELS[name], 1) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
-@pytest.mark.parametrize(("name", "gflop"), [("0.6B", 3.8), ("1.7B", 8.3), ("4B", 19.7), ("8B", 33.9)])
+@pytest.mark.parametrize(("name", "billions"), [("8B", 8.19), ("30B-A3B", 3.35), ("gpt-oss-20B", 4.19)])
+def test_a_token_meets_the_published_number_of_active_parameters(name, billions):
+    """gpt-oss's model card leaves the embedding out: 3.61."""
+    cfg = _shapes.MODELS[name]
+    assert _shapes.parameters(weights(cfg), _shapes.chosen(cfg)) / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("0.6B", 3.8), ("1.7B", 8.3), ("4B", 19.7), ("8B", 33.9), ("30B-A3B", 17.0)])
 def test_the_flops_of_a_token_are_those_computed_by_hand(name, gflop):
     assert train_gpu.flops_per_token(train_gpu.MODELS[name], [4096]) / 1e9 == pytest.approx(gflop, abs=0.05)
 
 
 def test_the_flops_of_a_small_model_are_those_written_out():
-    cfg = train_gpu.SMOKE_MODEL  # V 512, D 64, F 96, L 2, N 4, K 2, H 16
+    cfg = _shapes.SMOKE_MODEL  # V 512, D 64, F 96, L 2, N 4, K 2, H 16
     qkvo, mlp = 64 * 64 + 2 * 64 * 32 + 64 * 64, 3 * 64 * 96
     linear, head = 2 * (qkvo + mlp), 512 * 64
     scores_and_values = 2 * 2 * (2 * 4 * 16) * (10 * 11 // 2 + 30 * 31 // 2) / 40  # layers × two products × 2 N H × pairs
@@ -65,7 +78,7 @@ def test_the_flops_of_a_small_model_are_those_written_out():
 
 @pytest.mark.parametrize("remat", ["none", "attention", "full"])
 def test_the_hardware_flops_of_frozen_products_are_those_of_the_traced_step(remat):
-    cfg, M = train_gpu.SMOKE_MODEL, 256
+    cfg, M = _shapes.SMOKE_MODEL, 256
     params = {w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.float32) for w in weights(cfg)}
     decoder_and_head = jax.make_jaxpr(jax.grad(partial(loss_of, cfg=cfg, remat=remat), argnums=1))
     adapter = lora.abstract(lora_targets(cfg), 8, ("attn", "mlp"))
@@ -82,6 +95,74 @@ def test_the_hardware_flops_of_frozen_products_are_those_of_the_traced_step(rema
     assert frozen / M == train_gpu.flops_per_token(cfg, [M], remat, "tpu") - attention
 
 
+def test_the_flops_of_experts_are_those_of_the_chosen_ones_within_windows():
+    cfg = _shapes.SMOKE["gpt-oss-20B"]  # V 512, D 64, F 32, L 2, N 4, K 2, H 16, E 8, k 2, one layer of two within 8 tokens
+    qkvo, router, experts = 64 * 64 + 2 * 64 * 32 + 64 * 64, 8 * 64, 2 * 3 * 64 * 32
+    linear = 2 * (qkvo + router + experts)
+    within, whole = 8 * 9 // 2 + 2 * 8, 10 * 11 // 2  # pairs in a document of 10 tokens
+    scores_and_values = 2 * (2 * 4 * 16) * (within + whole) / 10
+    model = 4 * (linear + 512 * 64) + 3 * scores_and_values
+    assert train_gpu.flops_per_token(cfg, [10]) == model
+    again = 2 * (linear - 2 * 2 * 64 * 32)
+    assert train_gpu.flops_per_token(cfg, [10], "attention", "gpu") == model + scores_and_values / 2 + again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["30B-A3B", "gpt-oss-20B"])
+def test_models_with_experts_train_and_sample_at_toy_size(name):
+    cfg = _shapes.SMOKE[name]
+    [trained] = train_gpu.ours(cfg, ["4096"], True)
+    [drawn] = sample_gpu.ours(cfg, [2], sample_gpu.SMOKE)
+    assert trained["tokens_per_s"] > 0 and drawn["tokens_per_s"] > 0
+    assert not [*train_gpu.peft(cfg, ["4096"], True), *sample_gpu.peft(cfg, [2], sample_gpu.SMOKE)]
+
+
+def test_torch_experts_have_our_logprobs_and_gradients(tmp_path):
+    directory, rank, ids = _models.locate(tmp_path, "moe64", quick=True), 4, np.arange(24)[None] * 37 % 500
+    cfg = _models.shape_of(directory)
+    adapter = lora.init(0, lora_targets(cfg), rank, ("attn", "mlp"))
+    adapter = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+
+    def loss(adapter):
+        factors = lora.scaled(adapter, lora.scale(rank))
+        params = load_base(directory, weights(cfg), jnp.float32, progress=False)
+        h_MD, _ = Decoder(cfg, params).forward(ids, np.arange(24)[None], np.ones_like(ids), factors)
+        logprobs_MV = jax.nn.log_softmax(h_MD @ unembedding(cfg, params).T)
+        return -logprobs_MV[np.arange(23), ids[0, 1:]].sum(), logprobs_MV
+
+    grads, logprobs_MV = jax.grad(loss, has_aux=True)(adapter)
+
+    model, _ = _sides.torch_side(str(directory), rank)
+    factors = [
+        (torch_factor, place)
+        for number, layer in enumerate(model.get_base_model().model.layers)
+        for torch_factor, place in torch_factors(layer, number)
+    ]
+    for (factor, turned), (module, side, number) in factors:
+        value = torch.tensor(np.asarray(adapter["layers"][module][side][number]))
+        with torch.no_grad():
+            factor.copy_(turned(value))
+    _sides.torch_backward(model, ids.tolist())
+    for (factor, turned), (module, side, number) in factors:
+        expected = turned(torch.tensor(np.asarray(grads["layers"][module][side][number])))
+        torch.testing.assert_close(factor.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    theirs = model(input_ids=torch.tensor(ids)).logits[0].log_softmax(-1).detach().numpy()
+    np.testing.assert_allclose(theirs, logprobs_MV, atol=1e-4)
+
+
+def torch_factors(layer, number):
+    """Torch's factors of a layer, how ours becomes each, and where it is."""
+    for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        linear = getattr(layer.self_attn, module)
+        for side, factor in (("a", linear.lora_A), ("b", linear.lora_B)):
+            yield (factor["default"].weight, torch.t), (module, side, number)
+    experts = layer.mlp.experts
+    yield (experts.gate_up_a, torch.clone), ("gate_up_experts", "a", number)
+    yield (experts.gate_up_b, lambda b: torch.cat((*b,), -1)), ("gate_up_experts", "b", number)
+    yield (experts.down_a, torch.clone), ("down_experts", "a", number)
+    yield (experts.down_b, torch.clone), ("down_experts", "b", number)
+
+
 def loss_of(params, adapter, ids, *, cfg, remat):
     decoder = Decoder(cfg, params)
     h_MD, _ = decoder.forward(ids, ids, ids, adapter, remat=remat)
@@ -96,7 +177,7 @@ def test_packed_documents_fill_their_rows():
 
 def test_both_sides_of_the_accelerator_benchmark_run_at_toy_size(tmp_path):
     layouts = ["packed", "4096"]
-    cfg = train_gpu.SMOKE_MODEL
+    cfg = _shapes.SMOKE_MODEL
     ran = {"ours": train_gpu.ours(cfg, layouts, True, str(tmp_path)), "torch": train_gpu.peft(cfg, layouts, True)}
     result = {kind: {"layouts": {line.pop("layout"): line for line in lines}} for kind, lines in ran.items()}
     assert list(result["ours"]["layouts"]) == layouts and list(result["torch"]["layouts"]) == ["4096"]
@@ -121,13 +202,13 @@ def test_the_peak_of_a_call_includes_what_it_freed():
     assert _sides.peak_bytes(lambda: np.ones(2**25).sum()) - before > 0.9 * 2**28
 
 
-@pytest.mark.parametrize("model", ["real", "qwen3-0.6b"])
+@pytest.mark.parametrize("model", ["real", "qwen3-0.6b", "moe8", "moe64"])
 def test_a_toy_has_the_family_heads_and_dtype_of_its_model(tmp_path, model):
     directory = _models.locate(tmp_path, model, quick=True)
     cfg = _models.shape_of(directory)
-    assert (cfg.model_type, cfg.N, cfg.K, cfg.tied) == {"real": ("llama", 9, 3, True), "qwen3-0.6b": ("qwen3", 16, 8, True)}[
-        model
-    ]
+    families = {"real": ("llama", 9, 3, True), "qwen3-0.6b": ("qwen3", 16, 8, True)}
+    families |= {"moe8": ("qwen3_moe", 12, 4, False), "moe64": ("qwen3_moe", 8, 4, False)}
+    assert (cfg.model_type, cfg.N, cfg.K, cfg.tied) == families[model]
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
     assert _models.locate(tmp_path, model, quick=True) == directory  # written once
 
@@ -143,7 +224,7 @@ def test_the_large_random_model_has_the_published_shape():
 
 
 def test_a_decode_step_reads_an_embedding_only_where_it_is_the_head():
-    cfg = sample_gpu._qwen3.SMOKE_MODEL  # tied
+    cfg = _shapes.SMOKE_MODEL  # tied
     assert _models.weight_bytes(cfg, "float32") == base_bytes(cfg, 4) == 2 * _models.weight_bytes(cfg, "bfloat16")
     untied = replace(cfg, tied=False)
     assert _models.weight_bytes(untied, "float32") == base_bytes(untied, 4) - 4 * cfg.V * cfg.D
@@ -291,7 +372,7 @@ def test_the_share_of_cached_prompt_tokens_is_that_of_the_single_samples():
 
 
 def test_the_bytes_of_a_decode_step_are_those_written_out():
-    cfg = sample_gpu._qwen3.SMOKE_MODEL  # V 512, D 64, F 96, L 2, N 4, K 2, H 16, tied
+    cfg = _shapes.SMOKE_MODEL  # V 512, D 64, F 96, L 2, N 4, K 2, H 16, tied
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96 + 2 * 64 + 2 * 16
     weights = 2 * layer + 512 * 64 + 64
     adapter = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
@@ -302,8 +383,20 @@ def test_the_bytes_of_a_decode_step_are_those_written_out():
     assert sample_gpu.bytes_per_step(untied, 3, sample_gpu.SMOKE) == size
 
 
+def test_a_decode_step_reads_the_experts_that_its_rows_choose_and_what_is_within_windows():
+    cfg = _shapes.SMOKE["gpt-oss-20B"]  # V 512, D 64, F 32, L 2, N 4, K 2, H 16, E 8, k 2, one layer of two within 8 tokens
+    read = 1 - (1 - 2 / 8) ** 3  # of the experts, by three rows
+    attn = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 2 * 64 + 2 * 32 + 4  # with biases and sinks
+    experts = 8 * (3 * 64 * 32 + 2 * 32 + 64)
+    weights = 2 * (attn + 8 * 64 + 8 + read * experts + 2 * 64) + 512 * 64 + 64
+    adapter = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + (64 + read * 2 * 8 * 32) + (read * 8 * 32 + 64))
+    context = 32 + (32 + 64) / 2
+    size = 2 * weights + 4 * adapter + 3 * (8 + context) * (2 * 2 * 32)
+    assert sample_gpu.bytes_per_step(cfg, 3, sample_gpu.SMOKE) == pytest.approx(size)
+
+
 def test_both_sides_of_the_accelerator_sampling_benchmark_run_at_toy_size():
-    cfg, batches = sample_gpu._qwen3.SMOKE_MODEL, [1, 4]
+    cfg, batches = _shapes.SMOKE_MODEL, [1, 4]
     ran = {kind: list(side(cfg, batches, sample_gpu.SMOKE)) for kind, side in sample_gpu.SIDES.items()}
     assert [[line.pop("rows") for line in lines] for lines in ran.values()] == [batches] * 2
     result = {kind: {"batches": dict(zip(map(str, batches), lines, strict=True))} for kind, lines in ran.items()}
@@ -349,7 +442,7 @@ def test_programs_that_are_optimised_as_usual_agree_bit_for_bit_in_deterministic
 
 @pytest.mark.slow
 def test_the_cpu_benchmark_runs_at_toy_size(tmp_path):
-    names = "ragged,real ragged,qwen3-0.6b,overhead"
+    names = "ragged,real ragged,qwen3-0.6b,moe8,overhead"
     out = run("train.py", "--quick", "--turns", "1", "--cases", names, "--json", str(tmp_path / "out.json"))
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert cases["ragged"]["ratio"] > 0 and cases["ragged"]["programs"] >= 1 and 0 < cases["ragged"]["packing"] <= 1
@@ -368,14 +461,14 @@ def test_the_accelerator_benchmark_runs_at_toy_size(tmp_path):
 
 @pytest.mark.slow
 def test_the_cpu_sampling_benchmark_runs_at_toy_size(tmp_path):
-    names = "mixed,group,adapters,real 1,real mixed"
+    names = "mixed,group,adapters,real 1,real mixed,moe64"
     out = run("sample.py", "--quick", "--turns", "1", "--cases", names, "--json", str(tmp_path / "out.json"))
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     for name, result in cases.items():
         assert result["ratio"] > 0 and result["programs"] >= 1 and f"| {name} |" in out
         assert 0 < result["first_token_s"]["p50"] <= result["first_token_s"]["p95"]
         assert all(size > 0 for size in result["peak_bytes"].values())
-        assert result["torch_way"] in result["torch_ways"] or name == "real 1"
+        assert result["torch_way"] in result["torch_ways"] or name in ("real 1", "moe64")
         assert result["first_token_cold_s"] > 0 and all(seconds > 0 for seconds in result["other_rows_s"])
     assert cases["group"]["cached"]["ratio"] > 0 and "cached: ratio " in out
     assert set(cases["real 1"]["share_of_memory_rate"]) == {"torch", "tinker_jax"} and "real 1: a decode step takes" in out
