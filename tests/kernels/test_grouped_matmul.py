@@ -117,6 +117,10 @@ _loop = jax.jit(
 )
 
 
+class TestBlocks(GroupedMatmulTests):
+    implementation = "blocks"
+
+
 class TestXla(GroupedMatmulTests):
     implementation = "xla"
 
@@ -188,17 +192,18 @@ def test_weight_gradients_in_blocks_of_rows_are_those_of_the_formula(sizes, S, t
 class TestMosaic:
     @pytest.mark.gpu
     @pytest.mark.parametrize("transposed", [True, False])
-    @pytest.mark.parametrize(("D", "N"), [(2048, 768), (2048, 32), (16, 768), (8, 768), (64, 2048)])
+    @pytest.mark.parametrize(("D", "N"), [(2048, 768), (768, 2048), (128, 256)])
     def test_a_card_agrees_with_the_formula(self, D, N, transposed):
         assert mosaic.fault(mosaic.product, D, N, "bfloat16") is None
 
     @pytest.mark.parametrize(
         ("D", "N", "dtype", "capability", "reason"),
         [
-            (64, 64, "float32", None, "takes bfloat16 and float16, not float32"),
-            (64, 20, "bfloat16", None, "takes widths that 8 divides, not 64 and 20"),
-            (64, 64, "bfloat16", "8.0", "Hopper"),
-            (64, 64, "bfloat16", "10.0", "Hopper"),
+            (128, 128, "float32", None, "takes bfloat16 and float16, not float32"),
+            (128, 64, "bfloat16", None, "takes widths of several times 64, not 128 and 64"),
+            (128, 200, "bfloat16", None, "takes widths of several times 64, not 128 and 200"),
+            (128, 128, "bfloat16", "8.0", "Hopper"),
+            (128, 128, "bfloat16", "10.0", "Hopper"),
         ],
     )
     def test_what_the_kernel_cannot_do_is_refused_with_the_reason(self, D, N, dtype, capability, reason):
@@ -227,7 +232,7 @@ def _late_by_a_row(x_SD, w, sizes_E, *, transposed):
 
 
 def test_a_gpu_without_the_kernel_takes_the_loop_and_says_so_once(caplog):
-    x, w, sizes, _ = make(*CASES["rows behind"], transposed=True)
+    x, w, sizes, _ = make(41, 80, 96, (3, 0, 9, 1), transposed=True)
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.6")
     mesh = SimpleNamespace(devices=np.array([gpu]))
     api._log_fallback.cache_clear()

@@ -10,17 +10,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tinker_jax.kernels.grouped_matmul import loop, xla
+from tinker_jax.kernels.grouped_matmul import blocks, loop, xla
 from tinker_jax.kernels.grouped_matmul.reference import reference_grouped_matmul
 
 logger = logging.getLogger("tinker_jax")
 
-Implementation = Literal["mosaic", "xla", "loop", "reference"]
+Implementation = Literal["mosaic", "blocks", "xla", "loop", "reference"]
 
 #: What is tried on a platform, best first. The last one takes every case.
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "tpu": ("xla",),
-    "gpu": ("mosaic", "loop"),
+    "gpu": ("blocks", "mosaic", "loop"),
     "cpu": ("loop",),
 }
 
@@ -50,6 +50,7 @@ def grouped_matmul(
             was passed over.
             `"reference"` is the plain formula.
             `"loop"` goes over the experts that have rows, and over blocks of these: for CPUs.
+            `"blocks"` is one batched product over blocks of rows: for GPUs and narrow weights.
             `"mosaic"` is JAX's Pallas kernel for Hopper; on a GPU that is there it first has to agree with the plain formula.
             `"xla"` is `jax.lax.ragged_dot`: for TPUs.
 
@@ -75,7 +76,8 @@ def grouped_matmul(
             run = _backend(name, device, inner, N, x_SD.dtype)
             break
         except NotImplementedError as reason:
-            _log_fallback(name, str(reason))
+            if name != "blocks":  # a choice by size, and no fallback
+                _log_fallback(name, str(reason))
     else:
         run = _backend(last, device, inner, N, x_SD.dtype)
     return _product(run, transposed, frozen, x_SD, w, sizes_E)
@@ -106,7 +108,9 @@ def _backend(name: Implementation, device: Any, D: int, N: int, dtype: Any) -> B
         return Backend(mosaic.product, mosaic.weight_gradient)
     if name == "reference":
         return Backend(reference_grouped_matmul, xla.weight_gradient)
-    module = {"loop": loop, "xla": xla}[name]
+    if name == "blocks":
+        blocks.check(D, N)
+    module = {"blocks": blocks, "loop": loop, "xla": xla}[name]
     return Backend(module.product, module.weight_gradient)
 
 

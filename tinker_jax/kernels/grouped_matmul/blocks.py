@@ -1,34 +1,85 @@
-"""Weight gradients of narrow factors as one batched product over blocks of rows: for GPUs, where a loop waits for the host."""
+"""Products with narrow weights, the factors of LoRA, in blocks of rows as one batched product: for GPUs, where a loop waits for
+the host. Every block takes a copy of its group's weight, which is small."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 128
+_NARROW = 64
+_BLOCKS = 128, 16  # rows of a block where an expert has at least half as many on average, and else
+
+
+def check(D: int, N: int) -> None:
+    """Refuses weights that are too large to be copied.
+
+    Raises:
+        NotImplementedError: neither width is narrow.
+    """
+    if min(D, N) > _NARROW:
+        raise NotImplementedError(f"blocks take weights of which one width is at most {_NARROW}, not {D} and {N}")
+
+
+class _Blocks(NamedTuple):
+    """Every group begins a block of its own, so there are B = S / C + E of them at most.
+
+    Attributes:
+        group_B: of each block; E: it has none.
+        row_BC: of each of its places, in bounds.
+        own_BC: is the row one of the group?
+        block_S: of each row.
+        place_S: of each row in its block.
+    """
+
+    group_B: jax.Array
+    row_BC: jax.Array
+    own_BC: jax.Array
+    block_S: jax.Array
+    place_S: jax.Array
+
+
+def _blocks(S: int, sizes_E: jax.Array) -> _Blocks:
+    E = sizes_E.shape[0]
+    C = min(S, _BLOCKS[0] if 2 * S >= _BLOCKS[0] * E else _BLOCKS[1])
+    blocks_E, ends_E = (sizes_E + C - 1) // C, jnp.cumsum(sizes_E)
+    last_block_E = jnp.cumsum(blocks_E)
+    block_B, row_S = jnp.arange(S // C + E, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
+    group_B, group_S = (
+        jnp.sum(at[:, None] >= last_E[None], axis=1) for at, last_E in ((block_B, last_block_E), (row_S, ends_E))
+    )
+    at_B, at_S = jnp.minimum(group_B, E - 1), jnp.minimum(group_S, E - 1)
+    first_E, first_block_E = ends_E - sizes_E, last_block_E - blocks_E
+    row_BC = (first_E[at_B] + (block_B - first_block_E[at_B]) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)[None]
+    own_BC = (group_B < E)[:, None] & (row_BC < ends_E[at_B][:, None])
+    within_S = row_S - first_E[at_S]
+    return _Blocks(group_B, jnp.minimum(row_BC, S - 1), own_BC, first_block_E[at_S] + within_S // C, within_S % C)
+
+
+def _of_blocks(x_SD: jax.Array, blocks: _Blocks) -> jax.Array:
+    return jnp.where(blocks.own_BC[..., None], x_SD[blocks.row_BC], 0)
+
+
+def product(x_SD: jax.Array, w: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
+    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`."""
+    S, E = x_SD.shape[0], sizes_E.shape[0]
+    blocks = _blocks(S, sizes_E)
+    own_w = w[jnp.minimum(blocks.group_B, E - 1)]
+    axes = "BCD,BND->BCN" if transposed else "BCD,BDN->BCN"
+    y_BCN = jnp.einsum(axes, _of_blocks(x_SD, blocks), own_w, preferred_element_type=jnp.float32).astype(x_SD.dtype)
+    used_S1 = jnp.arange(S)[:, None] < jnp.sum(sizes_E)
+    return jnp.where(used_S1, y_BCN[blocks.block_S, blocks.place_S], 0)
 
 
 def weight_gradient(x_SD: jax.Array, g_SN: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
     """Σ over each group's rows of x gᵀ, float32 [E, D, N], or, transposed, [E, N, D].
 
-    Every group begins a block of its own, so there are S / 128 + E of them at most. A group's blocks are summed by a product
-    with zeros and ones: a scatter would add them in another order every time.
+    A group's blocks are summed by a product with zeros and ones: a scatter would add them in another order every time.
     """
     left_SD, right_SN = (g_SN, x_SD) if transposed else (x_SD, g_SN)
-    S, E = left_SD.shape[0], sizes_E.shape[0]
-    C = min(_BLOCK, S)
-    blocks_E = (sizes_E + C - 1) // C
-    block_B = jnp.arange(S // C + E, dtype=jnp.int32)
-    ends_E, last_block_E = jnp.cumsum(sizes_E), jnp.cumsum(blocks_E)
-    group_B = jnp.sum(block_B[:, None] >= last_block_E[None], axis=1)
-    at = jnp.minimum(group_B, E - 1)
-    first_B = (ends_E - sizes_E)[at] + (block_B - (last_block_E - blocks_E)[at]) * C
-    row_BC = first_B[:, None] + jnp.arange(C, dtype=jnp.int32)[None]
-    own_BC = (group_B < E)[:, None] & (row_BC < ends_E[at][:, None])
-
-    def blocks(x_SD: jax.Array) -> jax.Array:
-        return jnp.where(own_BC[..., None], x_SD[jnp.minimum(row_BC, S - 1)], 0)
-
-    parts_BDN = jnp.einsum("BCD,BCN->BDN", blocks(left_SD), blocks(right_SN), preferred_element_type=jnp.float32)
-    members_EB = (group_B[None] == jnp.arange(E)[:, None]).astype(jnp.float32)
+    blocks, E = _blocks(left_SD.shape[0], sizes_E), sizes_E.shape[0]
+    left_BCD, right_BCN = _of_blocks(left_SD, blocks), _of_blocks(right_SN, blocks)
+    parts_BDN = jnp.einsum("BCD,BCN->BDN", left_BCD, right_BCN, preferred_element_type=jnp.float32)
+    members_EB = (blocks.group_B[None] == jnp.arange(E)[:, None]).astype(jnp.float32)
     return jnp.einsum("EB,BDN->EDN", members_EB, parts_BDN, precision="highest")

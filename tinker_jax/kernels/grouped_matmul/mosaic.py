@@ -19,6 +19,7 @@ from tinker_jax.kernels.grouped_matmul.reference import reference_grouped_matmul
 _MODULE = "jax.experimental.pallas.ops.gpu"
 _KEYWORDS = {"group_sizes", "block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n"}
 _MANY_ROWS = 128  # mean rows of an expert from which on a tile has 128 of them: fewer would waste more than they gain
+_TILE = 64  # width; products of narrower ones compile, and hang or fault on an H200 with jax 0.11.2
 _STAGES = 4  # tiles on their way: 4 x 32 KiB at most, of 227
 _MOST_ERROR = 0.05  # relative; bfloat16 stays below 0.01, a wrong row is far above
 
@@ -41,44 +42,37 @@ def check(D: int, N: int, dtype: Any, compute_capability: str | None, *, on_this
         raise NotImplementedError(f"the kernel is for compute capability 9.0 (Hopper), the GPU has {compute_capability}")
     if name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"the kernel takes bfloat16 and float16, not {name}")
-    if D % 8 or N % 8:
-        raise NotImplementedError(f"the kernel takes widths that 8 divides, not {D} and {N}")
+    if D % _TILE or N % _TILE or min(D, N) == _TILE:
+        raise NotImplementedError(f"the kernel takes widths of several times {_TILE}, not {D} and {N}")
     _kernel("ragged_dot")
     if on_this_device and (wrong := fault(product, D, N, name)):
         raise NotImplementedError(f"the kernel failed its self-check: {wrong}")
 
 
 def product(x_SD: jax.Array, w: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
-    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`. Rows are filled up to whole tiles, widths to multiples of 16."""
-    rows, width = x_SD.shape[0], w.shape[1 if transposed else 2]
+    """See `tinker_jax.kernels.grouped_matmul.grouped_matmul`. Rows are filled up to whole tiles."""
+    rows = x_SD.shape[0]
     block_m = 128 if rows >= _MANY_ROWS * w.shape[0] else 64
-    x_SD = jnp.pad(x_SD, [(0, -rows % block_m), (0, -x_SD.shape[1] % 16)])
-    w = jnp.pad(w, [(0, 0), *((0, -n % 16) for n in w.shape[1:])])
-    S, D = x_SD.shape
-    N = w.shape[1 if transposed else 2]
-    block_n = _divisor(N, 128)
+    x_SD = jnp.pad(x_SD, [(0, -rows % block_m), (0, 0)])
+    S, N = x_SD.shape[0], w.shape[1 if transposed else 2]
+    block_n = 2 * _TILE if N % (2 * _TILE) == 0 else _TILE
     y_SN = _kernel("ragged_dot")(
         x_SD,
         w,
         group_sizes=sizes_E.astype(jnp.int32),
         block_m=block_m,
         block_n=block_n,
-        block_k=_divisor(D, 64),
-        max_concurrent_steps=_STAGES,
+        block_k=_TILE,
+        max_concurrent_steps=min(_STAGES, x_SD.shape[1] // _TILE),
         grid_block_n=N // block_n,  # all columns of some rows, then the next rows: x is read from memory once
         transpose_rhs=transposed,
     )
     used_S1 = jnp.arange(S)[:, None] < jnp.sum(sizes_E)  # the kernel does not write the rows behind
-    return jnp.where(used_S1, y_SN, 0)[:rows, :width]
+    return jnp.where(used_S1, y_SN, 0)[:rows]
 
 
 weight_gradient = blocks.weight_gradient
 """Of LoRA's factors. JAX's kernel for it cannot be compiled for a card that is not there, and asks for wider factors."""
-
-
-def _divisor(width: int, most: int) -> int:
-    """The largest power of two from 16 that divides a width, at most `most`."""
-    return next(size for size in (128, 64, 32, 16) if size <= most and width % size == 0)
 
 
 def _kernel(name: str) -> Callable[..., jax.Array]:
