@@ -17,8 +17,9 @@ from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.records import Kind, RunRecord
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import Store
+from tinker_jax.checkpoints.stored import quantization
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.decoder import Decoder, unembedding
-from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import lora_targets, weights
 
@@ -62,8 +63,15 @@ def optimizer(seed: int, rank: int = 4) -> dict:
     return {"mu": adapter(seed + 1, rank), "nu": adapter(seed + 2, rank), "count": jnp.int32(17)}
 
 
-def read_config(directory: Path) -> DenseConfig:
+def read_config(directory: Path) -> ModelConfig:
     return parse(json.loads((directory / "config.json").read_text()))
+
+
+def load(directory: Path, dtype=jnp.float32, **kwargs) -> dict[str, jax.Array]:
+    """The base weights of a directory, read as an engine reads them."""
+    cfg, encoding = read_config(directory), quantization(json.loads((directory / "config.json").read_text()))
+    names = cfg.file_names.unused
+    return load_base(directory, weights(cfg), dtype, progress=False, quantization=encoding, unused=names, **kwargs)
 
 
 def trained(
@@ -83,7 +91,7 @@ def trained(
 def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] of `tokens` [B, T], by our model with the checkpoint's adapter."""
     cfg = read_config(base)
-    params = load_base(base, weights(cfg), jnp.float32, progress=False)
+    params = load(base)
     record = Store(home).get(path)
     groups = [g for g in ALL if g != "unembed" or record.train_unembed]
     factors, _ = load_adapter(record.directory, lora.abstract(lora_targets(cfg), record.lora_rank, groups))
@@ -93,7 +101,7 @@ def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndar
     @jax.jit
     def run(params, factors, tokens):
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        segments = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
+        segments = jnp.broadcast_to(1 + jnp.arange(B)[:, None], (B, T))
         h, _ = Decoder(cfg, params).forward(tokens, positions, segments, factors)
         logits = h @ unembedding(cfg, params).T
         (update,) = lora.updates(h, [factors.get("lm_head")])

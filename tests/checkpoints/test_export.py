@@ -50,7 +50,7 @@ def assert_same_model(got: np.ndarray, expected: np.ndarray, base: Path):
     np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.fixture(params=tiny.DENSE)
+@pytest.fixture(params=[*tiny.FAMILIES, "qwen3_moe mixed"])
 def base(request, checkpoint) -> Path:
     return checkpoint(request.param)
 
