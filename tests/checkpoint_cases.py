@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quantised
+import tiny
 
 from tinker_jax import lora
 from tinker_jax.checkpoints.hf_import import load_base
@@ -86,6 +88,20 @@ def trained(
     if not store.list_runs():
         store.create_run(replace(run, base_model=str(base), lora_rank=rank, train_unembed="unembed" in groups))
     return store.write(RUN, kind, "a", lambda d: save_adapter(d, weights, None, META), has_optimizer=False).path
+
+
+#: A family that the hub has in the encoding, and widths that are whole blocks or groups of it.
+QUANTISED = {
+    "mxfp4": ("gpt_oss", {"hidden_size": 64, "intermediate_size": 96}),
+    "fp8": ("deepseek_v3", {}),
+    "int4": ("deepseek_v3", {"moe_intermediate_size": 48}),
+}
+
+
+def quantised_case(encoding: str, directory: Path) -> tuple[Path, Path]:
+    """Directories of a quantised tiny checkpoint, and of one in bfloat16 with the same weights."""
+    family, widths = QUANTISED[encoding]
+    return quantised.save(tiny.save(family, directory / "source", **widths), encoding, directory)
 
 
 def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndarray:
