@@ -11,14 +11,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quantised
+import tiny
 
 from tinker_jax import lora
 from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.records import Kind, RunRecord
 from tinker_jax.checkpoints.state import load_adapter, save_adapter
 from tinker_jax.checkpoints.store import Store
+from tinker_jax.checkpoints.stored import quantization
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.decoder import Decoder, unembedding
-from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import lora_targets, weights
 
@@ -62,8 +65,15 @@ def optimizer(seed: int, rank: int = 4) -> dict:
     return {"mu": adapter(seed + 1, rank), "nu": adapter(seed + 2, rank), "count": jnp.int32(17)}
 
 
-def read_config(directory: Path) -> DenseConfig:
+def read_config(directory: Path) -> ModelConfig:
     return parse(json.loads((directory / "config.json").read_text()))
+
+
+def load(directory: Path, dtype=jnp.float32, **kwargs) -> dict[str, jax.Array]:
+    """The base weights of a directory, read as an engine reads them."""
+    cfg, encoding = read_config(directory), quantization(json.loads((directory / "config.json").read_text()))
+    names = cfg.file_names.unused
+    return load_base(directory, weights(cfg), dtype, progress=False, quantization=encoding, unused=names, **kwargs)
 
 
 def trained(
@@ -80,10 +90,24 @@ def trained(
     return store.write(RUN, kind, "a", lambda d: save_adapter(d, weights, None, META), has_optimizer=False).path
 
 
+#: A family that the hub has in the encoding, and widths that are whole blocks or groups of it.
+QUANTISED = {
+    "mxfp4": ("gpt_oss", {"hidden_size": 64, "intermediate_size": 96}),
+    "fp8": ("deepseek_v3", {}),
+    "int4": ("deepseek_v3", {"moe_intermediate_size": 48}),
+}
+
+
+def quantised_case(encoding: str, directory: Path) -> tuple[Path, Path]:
+    """Directories of a quantised tiny checkpoint, and of one in bfloat16 with the same weights."""
+    family, widths = QUANTISED[encoding]
+    return quantised.save(tiny.save(family, directory / "source", **widths), encoding, directory)
+
+
 def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] of `tokens` [B, T], by our model with the checkpoint's adapter."""
     cfg = read_config(base)
-    params = load_base(base, weights(cfg), jnp.float32, progress=False)
+    params = load(base)
     record = Store(home).get(path)
     groups = [g for g in ALL if g != "unembed" or record.train_unembed]
     factors, _ = load_adapter(record.directory, lora.abstract(lora_targets(cfg), record.lora_rank, groups))
@@ -93,7 +117,7 @@ def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndar
     @jax.jit
     def run(params, factors, tokens):
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        segments = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
+        segments = jnp.broadcast_to(1 + jnp.arange(B)[:, None], (B, T))
         h, _ = Decoder(cfg, params).forward(tokens, positions, segments, factors)
         logits = h @ unembedding(cfg, params).T
         (update,) = lora.updates(h, [factors.get("lm_head")])

@@ -47,11 +47,13 @@ np.save(out, np.concatenate([d["logprobs"].to_numpy() for d in output.loss_fn_ou
 """
 
 
-@pytest.fixture
-def run(checkpoint, tmp_path):
+@pytest.fixture(
+    params=["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "gpt_oss", "deepseek_v3"))]
+)
+def run(request, checkpoint, tmp_path):
     def go(mode, out):
         env = os.environ | {"TINKER_JAX_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, mode, str(checkpoint("qwen3")), str(tmp_path / out)]
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, mode, str(checkpoint(request.param)), str(tmp_path / out)]
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
     return go

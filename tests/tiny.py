@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB = 300  # 256 bytes, a few merges, specials
@@ -114,25 +115,42 @@ def tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-def model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+def model(family: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
     """A random model in float32; norms, biases and everything else moved off their initial values."""
     torch.manual_seed(seed)
-    tiny = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).float().eval()
+    config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    tiny = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in tiny.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return tiny
 
 
-def save(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
-    """Writes the checkpoint of `family`, tokenizer included, as a Hugging Face directory."""
+def save(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **changes) -> Path:
+    """Writes the checkpoint of `family`, its config changed so, tokenizer included, as a Hugging Face directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    model(family).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    model(family, **changes).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     (directory / "tokenizer.json").write_text(tokenizer_json())
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>", "bos_token": "<|bos|>"})
     )
     return directory
+
+
+def add_predictor(directory: Path) -> dict[str, torch.Tensor]:
+    """Adds a layer of multi-token prediction, as on the hub, to a one-file checkpoint of DeepSeek-V3; returns its tensors."""
+    file, config_file = directory / "model.safetensors", directory / "config.json"
+    tensors, config = load_file(file), json.loads(config_file.read_text())
+    layers = config["num_hidden_layers"]
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith(f"model.layers.{layers - 1}.")}
+    further = {name.replace(f".{layers - 1}.", f".{layers}.", 1): tensor + 1 for name, tensor in last.items()}
+    further |= {f"model.layers.{layers}.{name}.weight": tensors["model.norm.weight"] + 1 for name in ("enorm", "hnorm")}
+    further[f"model.layers.{layers}.shared_head.head.weight"] = tensors["lm_head.weight"] + 1
+    save_file(tensors | further, file, {"format": "pt"})
+    config_file.write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return further
 
 
 def base_params(family: str, tiny_model: transformers.PreTrainedModel) -> tuple:

@@ -100,7 +100,8 @@ def _build(targets: Sequence[Target], groups: Sequence[str], make: Callable[[Tar
     return tree
 
 
-def _shape(target: Target, factor: str, rank: int) -> tuple[int, ...]:
+def shape(target: Target, factor: str, rank: int) -> tuple[int, ...]:
+    """Of a target's factor `"a"` or `"b"`."""
     matrix = (target.fan_in, rank) if factor == "a" else (rank, target.fan_out)
     lead = tuple(size for size, _ in (target.a_lead if factor == "a" else target.b_lead))
     return (*([target.stacked] if target.stacked else []), *lead, *matrix)
@@ -108,7 +109,7 @@ def _shape(target: Target, factor: str, rank: int) -> tuple[int, ...]:
 
 def abstract(targets: Sequence[Target], rank: int, groups: Sequence[str]) -> Adapter:
     """The adapter's shapes and dtypes, nothing allocated."""
-    return _build(targets, groups, lambda t, f: jax.ShapeDtypeStruct(_shape(t, f, rank), jnp.float32))
+    return _build(targets, groups, lambda t, f: jax.ShapeDtypeStruct(shape(t, f, rank), jnp.float32))
 
 
 def logical_axes(targets: Sequence[Target], groups: Sequence[str]) -> Adapter:
@@ -141,17 +142,17 @@ def init(seed: int, targets: Sequence[Target], rank: int, groups: Sequence[str])
     index = {(t.stack, t.module): i for i, t in enumerate(targets)}
 
     def make(target: Target, factor: str) -> np.ndarray:
-        shape = _shape(target, factor, rank)
+        sizes = shape(target, factor, rank)
         if factor == "b":
-            return np.zeros(shape, np.float32)
-        count = math.prod(shape)
+            return np.zeros(sizes, np.float32)
+        count = math.prod(sizes)
         words = (
             np.random.Philox(key=[seed % 2**64, index[target.stack, target.module]])
             .random_raw(-(-count // 2))
             .view(np.uint32)[:count]
         )
         uniform = (words >> 8).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)  # 24 bits, in [-1, 1)
-        return (uniform / np.float32(math.sqrt(target.fan_in))).reshape(shape)
+        return (uniform / np.float32(math.sqrt(target.fan_in))).reshape(sizes)
 
     return _build(targets, groups, make)
 

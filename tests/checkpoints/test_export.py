@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import quantised
 import tiny
 import torch
 import transformers
-from checkpoint_cases import ALL, our_logits, read_config, trained
+from checkpoint_cases import ALL, load, our_logits, quantised_case, read_config, trained
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -50,7 +50,7 @@ def assert_same_model(got: np.ndarray, expected: np.ndarray, base: Path):
     np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.fixture(params=tiny.DENSE)
+@pytest.fixture(params=[*tiny.FAMILIES, pytest.param("qwen3_moe mixed", marks=pytest.mark.slow)])
 def base(request, checkpoint) -> Path:
     return checkpoint(request.param)
 
@@ -280,21 +280,129 @@ def test_tinkers_layout_names_the_unembedding_as_tinker_does(tmp_path, checkpoin
     assert config["r"] == 4 and config["lora_alpha"] == 32 and config["target_modules"][-1] == "unembed_tokens"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tinker_cookbook") is None,
-    reason="tinker_cookbook is not in the test extra: its dependencies do not resolve on the package index",
-)
-def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint):
-    from tinker_cookbook import weights as cookbook
-
-    base = checkpoint("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt_oss"])
+def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint, family):
+    cookbook = pytest.importorskip("tinker_cookbook.weights", reason="its dependencies do not resolve on the package index")
+    base = checkpoint(family)
     path = trained(tmp_path / "home", base)
     export_tinker(path, tmp_path / "tinker", home=tmp_path / "home")
     expected = our_logits(tmp_path / "home", path, base, TOKENS)
-    cookbook.build_lora_adapter(base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "peft"))
-    model = peft.PeftModel.from_pretrained(pretrained(base), tmp_path / "peft")
-    assert_same_model(torch_logits(model), expected, base)
     cookbook.build_hf_model(
         base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "hf"), dtype="float32"
     )
     assert_same_model(torch_logits(pretrained(tmp_path / "hf")), expected, base)
+    cookbook.build_lora_adapter(base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "peft"))
+    if family == "gpt_oss":  # PEFT refuses a pair for each expert here
+        return
+    model = peft.PeftModel.from_pretrained(pretrained(base), tmp_path / "peft")
+    assert_same_model(torch_logits(model), expected, base)
+
+
+def test_tinkers_layout_has_one_factor_for_all_experts(tmp_path, checkpoint):
+    path = trained(tmp_path / "home", checkpoint("gpt_oss"))
+    export_tinker(path, tmp_path / "tinker", home=tmp_path / "home")
+    tensors = load_file(tmp_path / "tinker" / "adapter_model.safetensors")
+    experts = "base_model.model.model.layers.3.mlp.experts"
+    shapes = {"w1": ((1, 4, 32), (6, 20, 4)), "w3": ((1, 4, 32), (6, 20, 4)), "w2": ((6, 4, 20), (1, 32, 4))}
+    for name, expected in shapes.items():
+        assert tuple(tuple(tensors[f"{experts}.{name}.lora_{x}.weight"].shape) for x in "AB") == expected
+    assert torch.equal(tensors[f"{experts}.w1.lora_A.weight"], tensors[f"{experts}.w3.lora_A.weight"])
+    assert "base_model.model.model.layers.3.attn.q_proj.lora_A.weight" in tensors
+
+
+def test_the_peft_files_of_deepseek_have_a_pair_for_each_expert_and_name_the_linears_called_alike(tmp_path, checkpoint):
+    path = trained(tmp_path / "home", checkpoint("deepseek_v3"))
+    export_peft(path, tmp_path / "peft", home=tmp_path / "home")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    attention = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    assert config["target_modules"] == [*attention, "gate_proj", "up_proj", "down_proj", "lm_head"]
+    assert config["target_parameters"] == [
+        f"mlp.{where}{name}_proj.weight" for where in ("", "shared_experts.") for name in ("gate", "up", "down")
+    ]
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.2.mlp.experts.7.down_proj.lora_B.weight"].shape == (32, 4)
+
+
+def test_the_peft_files_of_gpt_oss_have_the_experts_side_by_side(tmp_path, checkpoint):
+    path = trained(tmp_path / "home", checkpoint("gpt_oss"))
+    export_peft(path, tmp_path / "peft", home=tmp_path / "home")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
+    tensors, experts = load_file(tmp_path / "peft" / "adapter_model.safetensors"), "base_model.model.model.layers.0.mlp.experts"
+    shapes = {name: tuple(tensors[f"{experts}.{name}.weight"].shape) for name in ("lora_A", "base_layer.lora_A")}
+    assert shapes == {"lora_A": (24, 20), "base_layer.lora_A": (24, 32)}
+
+
+def fuse(family: str, directory: Path) -> Path:
+    """A checkpoint whose files have the experts of a layer in one tensor."""
+    tiny.save(family, directory)
+    tiny.model(family).save_pretrained(directory, save_original_format=False)
+    return directory
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_a_merged_model_of_fused_files_is_fused_and_the_same(tmp_path, checkpoint, family):
+    base = fuse(family, tmp_path / "fused")
+    path = trained(tmp_path / "home", base)
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", progress=False)
+    export_merged(path, tmp_path / "other", home=tmp_path / "home", base_model=str(checkpoint(family)), progress=False)
+    fused, each = (load_file(tmp_path / directory / SINGLE_FILE) for directory in ("merged", "other"))
+    assert fused.keys() == load_file(base / SINGLE_FILE).keys() and len(each) > len(fused)
+    one, two = load(tmp_path / "merged"), load(tmp_path / "other")
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+@pytest.mark.parametrize("encoding", quantised.LAYOUTS)
+def test_a_quantised_base_model_merges_into_the_plain_model_that_its_bf16_twin_merges_into(tmp_path, encoding):
+    base, plain = quantised_case(encoding, tmp_path)
+    path = trained(tmp_path / "home", base)
+    for directory, source in (("merged", base), ("twin", plain)):
+        export_merged(path, tmp_path / directory, home=tmp_path / "home", base_model=str(source), progress=False)
+    merged, twin = (load_file(tmp_path / directory / SINGLE_FILE) for directory in ("merged", "twin"))
+    assert merged.keys() == twin.keys()
+    for name in merged:
+        assert merged[name].dtype == twin[name].dtype and torch.equal(merged[name], twin[name]), name
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    if encoding != "int4":  # transformers does not know kimi_k2
+        pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("encoding", ["mxfp4", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_a_merged_quantised_model_computes_our_logits(tmp_path, encoding):
+    base, plain = quantised_case(encoding, tmp_path)
+    path = trained(tmp_path / "home", base)
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", dtype="float32", progress=False)
+    assert_same_model(torch_logits(pretrained(tmp_path / "merged")), our_logits(tmp_path / "home", path, base, TOKENS), plain)
+
+
+def test_layers_of_multi_token_prediction_come_along(tmp_path):
+    base = tiny.save("deepseek_v3", tmp_path / "base", dtype=torch.bfloat16)
+    further = tiny.add_predictor(base)
+    path = trained(tmp_path / "home", base)
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", progress=False)
+    merged = load_file(tmp_path / "merged" / SINGLE_FILE)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in further.items())
+    load(tmp_path / "merged")
+
+
+def test_the_bias_that_steers_a_router_keeps_float32(tmp_path, checkpoint):
+    base = checkpoint("deepseek_v3")
+    path = trained(tmp_path / "home", base)
+    export_merged(path, tmp_path / "merged", home=tmp_path / "home", dtype="bfloat16", progress=False)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    merged, before = load_file(tmp_path / "merged" / SINGLE_FILE), load_file(base / SINGLE_FILE)
+    assert torch.equal(merged[name], before[name]) and merged["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_an_adapter_for_another_number_of_experts_is_refused_by_name(tmp_path, checkpoint):
+    base = checkpoint("qwen3_moe")
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_experts": 4}))
+    path = trained(tmp_path / "home", base)
+    with pytest.raises(UnprocessableEntityError) as error:
+        export_merged(path, tmp_path / "x", home=tmp_path / "home", base_model=str(other))
+    assert "adapter tensor 'layers.gate_up_experts.b' of tinker://" in str(error.value)
+    assert "needs shape [3, 2, 4, 4, 20], the checkpoint has [3, 2, 6, 4, 20]" in str(error.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 
+import checkpoint_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +36,10 @@ def assert_holds(params, table, tensors):
     """`params` are the file's tensors, stacked as the table says."""
     assert list(params) == [weight.name for weight in table]
     for weight in table:
-        names = [name for name, _ in stored_as(weight, tensors)]
-        expected = np.stack([tensors[name] for name in names]).reshape(weight.full_shape)
+        stored = [tensors[name] for name, _ in stored_as(weight, tensors)]
+        if weight.fused is not None and weight.fused.shape == stored[0].shape:
+            stored = [np.stack([weight.cut(part) for part in tensor]) for tensor in stored]
+        expected = np.stack(stored).reshape(weight.full_shape)
         np.testing.assert_array_equal(np.asarray(params[weight.name]), expected, err_msg=weight.name)
 
 
@@ -134,6 +137,46 @@ def test_more_layers_than_the_config_says_are_refused(qwen3):
     (qwen3 / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(UnprocessableEntityError, match=r"no place for: model\.layers\.2\.input_layernorm\.weight"):
         load(qwen3)
+
+
+def test_layers_of_multi_token_prediction_are_passed_over_where_the_config_tells_of_them(tmp_path):
+    directory = tiny.save("deepseek_v3", tmp_path / "m")
+    before = cases.load(directory)
+    tiny.add_predictor(directory)
+    after = cases.load(directory)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(UnprocessableEntityError, match=r"no place for: model\.layers\.3\."):
+        cases.load(directory)
+
+
+@pytest.mark.parametrize("encoding", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mxfp4", "fp8"))])
+def test_a_quantised_model_loads_as_its_bf16_twin_bit_for_bit(tmp_path, encoding):
+    found, twin = (cases.load(directory, jnp.bfloat16) for directory in cases.quantised_case(encoding, tmp_path))
+    for name in twin:
+        np.testing.assert_array_equal(found[name], twin[name], err_msg=name)
+
+
+def test_a_missing_scale_is_named(tmp_path):
+    directory, _ = cases.quantised_case("mxfp4", tmp_path)
+    rewrite(directory, lambda t: t.pop("model.layers.1.mlp.experts.down_proj_scales"))
+    with pytest.raises(
+        UnprocessableEntityError, match=r"expected tensor 'model\.layers\.1\.mlp\.experts\.down_proj_scales' beside"
+    ):
+        cases.load(directory)
+
+
+@pytest.mark.parametrize(("family", "expected"), [("gpt_oss", [6, 32, 40]), ("qwen3_moe", [6, 40, 32])])
+def test_experts_in_another_order_are_refused_by_name(tmp_path, family, expected):
+    directory = tiny.save(family, tmp_path / "m")
+    tiny.model(family).save_pretrained(directory, save_original_format=False)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    rewrite(directory, lambda t: t.update({name: np.ascontiguousarray(t[name].swapaxes(1, 2))}))
+    with pytest.raises(UnprocessableEntityError) as error:
+        cases.load(directory)
+    assert f"tensor '{name}' in " in str(error.value) and "The two are transposed" in str(error.value)
+    assert f"expected shape {expected} from config.json" in str(error.value)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(qwen3):

@@ -12,24 +12,25 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from tinker_jax import lora
 from tinker_jax.checkpoints import tensor_files
 from tinker_jax.checkpoints.hf_import import check_names
 from tinker_jax.checkpoints.hub import EMBEDDED_PREFIX, FILES, is_hub_id, local_directory, read_json, resolve, verify_download
 from tinker_jax.checkpoints.records import CheckpointRecord
 from tinker_jax.checkpoints.state import read_adapter, read_meta
 from tinker_jax.checkpoints.store import Store
-from tinker_jax.checkpoints.stored import quantization, stored_tensors
-from tinker_jax.checkpoints.tensor_files import TensorEntry
+from tinker_jax.checkpoints.stored import StoredTensor, quantization, stored_tensors
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.registry import parse
-from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.models.weights import Weight, lora_targets, weights
 from tinker_jax.types.errors import (
     BadRequestError,
     ConflictError,
@@ -41,17 +42,42 @@ from tinker_jax.types.errors import (
 _EMBEDDING = "model.embed_tokens"
 _HEAD = "lm_head"
 _TINKER_HEAD = "model.unembed_tokens"
+_TINKER_EXPERTS = {"gate_experts": "w1", "up_experts": "w3", "down_experts": "w2"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 #: Elements of a weight that are merged at once; bounds the float32 scratch space.
 _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """The update of one linear as Hugging Face sees it: ΔW = (alpha / r) · B A, A [r, in], B [out, r], float32."""
+class _Update:
+    """The update of a weight of one layer as Hugging Face sees it: ΔW = (alpha / r) · B A, float32.
 
+    Attributes:
+        weight: its row of the table, of this layer alone.
+        A, B: [r, in] and [out, r]. Those of experts have an axis in front: its length is 1 where all experts share the factor.
+    """
+
+    weight: Weight
     A: np.ndarray
     B: np.ndarray
+
+    @property
+    def module(self) -> str:
+        """Its path, e.g. `"model.layers.0.self_attn.q_proj"`; an expert's with `{expert}`."""
+        return self.weight.hf.removesuffix(".weight")
+
+    def of_expert(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """A and B of one expert."""
+        A, B = (factor[expert if len(factor) > 1 else 0] for factor in (self.A, self.B))
+        return A, B
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be written; `make` gives its value."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -63,15 +89,20 @@ class _Checkpoint:
     base: str
     directory: Path
     config: dict[str, Any]
+    cfg: ModelConfig
     alpha: float
-    factors: Mapping[str, _Factors]  # by Hugging Face module path, e.g. "model.layers.0.self_attn.q_proj"
-    modules: Sequence[str]  # e.g. ["q_proj", …, "lm_head"]
+    updates: Sequence[_Update]
 
 
 def export_peft(
     path: str, directory: str | os.PathLike[str], *, home: str | os.PathLike[str] | None = None, base_model: str | None = None
 ) -> Path:
     """Writes a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors` (float32).
+
+    Experts are written in the form that PEFT and vLLM both read. Where the family's files name each expert (Qwen3-MoE,
+    DeepSeek-V3), each has its own pair of matrices, which PEFT turns into its form for fused experts when it loads them. Where
+    they do not (gpt-oss), a layer's experts lie side by side along the rank: A [experts · r, in], experts slowest, and
+    B [out, r · experts], experts fastest. In either form factors that experts share are repeated for each.
 
     Load it with `peft.PeftModel.from_pretrained(model, directory)`. The files name the base model by its hub id or embedded
     name; one from a local directory by the hub id that its config.json tells, else by the directory's own name.
@@ -95,8 +126,10 @@ def export_peft(
         StorageError: something cannot be read or written, or is damaged.
     """
     checkpoint = _open(path, home, base_model)
+    modules = [update.module for update in checkpoint.updates if not _is_packed(update.weight)]
+    parameters = _peft_parameters(checkpoint.updates)
     with _new_directory(directory) as target:
-        _write_adapter(target, checkpoint, _HEAD)
+        _write_adapter(target, checkpoint, _peft_tensors(checkpoint.updates), modules, parameters)
     return Path(directory)
 
 
@@ -105,14 +138,17 @@ def export_tinker(
 ) -> Path:
     """Writes an adapter in Tinker's own layout, as `tinker_cookbook.weights` reads it.
 
-    It differs from PEFT's in one name: the unembedding is `unembed_tokens`. Where the unembedding shares the embedding's
-    matrix those tools put its update on the embedding too; use `export_merged` for an exact model.
+    It differs from PEFT's in some names: the unembedding is `unembed_tokens`, attention of gpt-oss is `attn`. Experts are
+    `experts.w1` (gate), `w3` (up) and `w2` (down) with factors A [experts, r, in] and B [experts, out, r]; the one that all
+    experts share has 1 in place of `experts`. Where the unembedding shares the embedding's matrix those tools put its update
+    on the embedding too; use `export_merged` for an exact model.
 
     Args, Returns, Raises: as `export_peft`.
     """
     checkpoint = _open(path, home, base_model)
+    tensors = _tinker_tensors(checkpoint)
     with _new_directory(directory) as target:
-        _write_adapter(target, checkpoint, _TINKER_HEAD)
+        _write_adapter(target, checkpoint, tensors, [tensor.name.removesuffix(".lora_A.weight") for tensor in tensors[::2]])
     return Path(directory)
 
 
@@ -129,13 +165,17 @@ def export_merged(
     """Writes a complete Hugging Face model with the adapter merged in, tokenizer and generation config included.
 
     Each weight becomes W + (alpha / r) · B A, computed in float32 and rounded to the stored dtype; all other tensors are
-    copied bit for bit. Tensors stream through one at a time. A trained unembedding that shared the embedding's matrix gets
-    its own (`lm_head.weight`, `tie_word_embeddings: false`).
+    copied bit for bit, also those that the model does not use, such as layers of multi-token prediction. Names and shapes are
+    the base model's. Of a quantised base model the quantised tensors are written in bfloat16 under the names and shapes of the
+    bf16 checkpoint, and config.json loses its `quantization_config`. Tensors stream through one at a time, and of fused experts
+    one expert. A trained unembedding that shared the embedding's matrix gets its own (`lm_head.weight`,
+    `tie_word_embeddings: false`).
 
     Args:
         path, directory, home, base_model: as `export_peft`.
         max_shard_size: bytes of a file at most, as a number or like `"5GB"`, `"500MB"`, `"2GiB"`.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"` converts every tensor; None keeps what the base model stores.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"` converts every tensor, those aside that models keep in float32 (biases
+            that steer routers); None keeps what the base model stores.
         progress: show a progress bar.
 
     Returns, Raises: as `export_peft`.
@@ -145,23 +185,25 @@ def export_merged(
     limit = _parse_size(max_shard_size)
     target_dtype = _parse_dtype(dtype)
     checkpoint = _open(path, home, base_model)
-    entries = tensor_files.read_index(checkpoint.directory)
-    cfg = parse(checkpoint.config)
-    check_names(checkpoint.directory, stored_tensors(entries, quantization(checkpoint.config)), weights(cfg))
+    cfg, table, config = checkpoint.cfg, weights(checkpoint.cfg), _plain_config(checkpoint.config)
+    tensors = stored_tensors(tensor_files.read_index(checkpoint.directory), quantization(checkpoint.config))
+    check_names(checkpoint.directory, tensors, table, cfg.file_names.unused)
     verify_download(checkpoint.directory, checkpoint.home / "verified", progress)
-    config = dict(checkpoint.config)
-    sources = dict(entries)
-    if _HEAD in checkpoint.factors and cfg.tied:
-        sources[f"{_HEAD}.weight"] = entries[f"{_EMBEDDING}.weight"]
+    if cfg.tied and any(update.module == _HEAD for update in checkpoint.updates):
+        tensors[f"{_HEAD}.weight"] = tensors[f"{_EMBEDDING}.weight"]
         config["tie_word_embeddings"] = False
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)  # transformers 4's name for it
 
-    def out_dtype(entry: TensorEntry) -> np.dtype:
-        return entry.stored_dtype if target_dtype is None else target_dtype
+    exact = {weight.hf.format(layer=layer) for weight in table if weight.exact for layer in weight.layers}
 
-    plans = [tensor_files.plan(name, out_dtype(entry), entry.shape) for name, entry in sources.items()]
+    def out_dtype(name: str) -> np.dtype:
+        return tensors[name].dtype if target_dtype is None or name in exact else target_dtype
+
+    updates = _by_tensor(checkpoint.updates, tensors)
+    scale = np.float32(checkpoint.alpha / checkpoint.record.lora_rank)
+    plans = [tensor_files.plan(name, out_dtype(name), tensor.shape) for name, tensor in tensors.items()]
     groups = tensor_files.shards(plans, limit)
     total = sum(one.nbytes for one in plans)
     with (
@@ -169,10 +211,9 @@ def export_merged(
         tqdm(total=total, unit="B", unit_scale=True, desc="Merging", delay=0.5, disable=not progress) as bar,
     ):
 
-        def merged(group: Sequence[tensor_files.Plan]) -> Iterator[np.ndarray]:
+        def merged(group: Sequence[tensor_files.Plan]) -> Iterator[Iterator[bytes | np.ndarray]]:
             for one in group:
-                entry = sources[one.name]
-                yield _merge(entry, checkpoint.factors.get(one.name.removesuffix(".weight")), checkpoint, out_dtype(entry))
+                yield _merge(tensors[one.name], updates.get(one.name, ()), scale, out_dtype(one.name))
                 bar.update(one.nbytes)
 
         names = {}
@@ -196,45 +237,120 @@ def _open(path: str, home: str | os.PathLike[str] | None, base_model: str | None
     directory = resolve(base)
     config = read_json(directory / "config.json")
     cfg = parse(config)
-    places = {w.module: w.hf.removesuffix(".weight") for w in weights(cfg) if w.lora} | {_HEAD: _HEAD}
     adapter = read_adapter(record.directory)
-    factors: dict[str, _Factors] = {}
-    modules = []
+    updates: list[_Update] = []
     for target in lora_targets(cfg):
         prefix = f"{target.stack}.{target.module}" if target.stack else target.module
         if f"{prefix}.a" not in adapter:
             continue
-        a, b = adapter.pop(f"{prefix}.a"), adapter.pop(f"{prefix}.b")
-        lead = (target.stacked,) if target.stacked else ()
-        for name, got, expected in (
-            ("a", a.shape, (*lead, target.fan_in, record.lora_rank)),
-            ("b", b.shape, (*lead, record.lora_rank, target.fan_out)),
-        ):
-            if got != expected:
+        factors = {name: adapter.pop(f"{prefix}.{name}") for name in ("a", "b")}
+        for name, factor in factors.items():
+            if factor.shape != (expected := lora.shape(target, name, record.lora_rank)):
                 raise UnprocessableEntityError(
                     f"adapter tensor '{prefix}.{name}' of {path}: base model {base!r} needs shape {list(expected)}, "
-                    f"the checkpoint has {list(got)}. It was trained on {record.base_model!r}."
+                    f"the checkpoint has {list(factor.shape)}. It was trained on {record.base_model!r}."
                 )
-        modules.append(target.module)
-        for layer in range(target.stacked or 1):
-            A, B = (a[layer].T, b[layer].T) if target.stacked else (a.T, b.T)
-            factors[places[target.module].format(layer=layer)] = _Factors(np.ascontiguousarray(A), np.ascontiguousarray(B))
+        if not target.stacked:
+            updates.append(_Update(target.weights[0], factors["a"].T, factors["b"].T))
+        for at in range(target.stacked):
+            updates += _updates_of_layer(target.weights, at, factors["a"][at], factors["b"][at])
     if adapter:
         raise UnprocessableEntityError(
             f"adapter tensor {min(adapter)!r} of {path} has no place in base model {base!r}. "
             f"It was trained on {record.base_model!r}."
         )
-    return _Checkpoint(record, store.home, base, directory, config, read_meta(record.directory)["lora_alpha"], factors, modules)
+    return _Checkpoint(record, store.home, base, directory, config, cfg, read_meta(record.directory)["lora_alpha"], updates)
 
 
-def _write_adapter(directory: Path, checkpoint: _Checkpoint, head: str) -> None:
-    tensors = {}
-    for module, factors in checkpoint.factors.items():
-        name = f"base_model.model.{head if module == _HEAD else module}"
-        tensors[f"{name}.lora_A.weight"] = factors.A
-        tensors[f"{name}.lora_B.weight"] = factors.B
-    plans = [tensor_files.plan(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    tensor_files.write(directory / "adapter_model.safetensors", plans, tensors.values())
+def _updates_of_layer(rows: Sequence[Weight], at: int, a: np.ndarray, b: np.ndarray) -> Iterator[_Update]:
+    """The updates that a target's factors make in one of its layers, the `at`-th."""
+    for number, row in enumerate(rows):
+        A, B = {None: (a, b), "a": (a[None], b[number]), "b": (a, b[None])}[row.shares]
+        yield _Update(row.of_layer(row.layers[at]), A.swapaxes(-1, -2), B.swapaxes(-1, -2))
+
+
+def _is_packed(weight: Weight) -> bool:
+    """Are experts told apart by their place in a tensor, since the family's files have no name for each?"""
+    return bool(weight.experts) and "{expert}" not in weight.hf
+
+
+def _peft_parameters(updates: Sequence[_Update]) -> list[str]:
+    """What PEFT has to be told by the name of the parameter, below the layer: packed experts, and linears called like a matrix
+    of an expert, since it takes the name among `target_modules` for that of the experts alone."""
+    matrices = {update.module.rpartition(".")[2] for update in updates if update.weight.experts}
+
+    def is_wanted(update: _Update) -> bool:
+        return _is_packed(update.weight) or (not update.weight.experts and update.module.rpartition(".")[2] in matrices)
+
+    return [update.weight.hf.split(".", 3)[3] for update in updates if is_wanted(update)]
+
+
+def _peft_tensors(updates: Sequence[_Update]) -> list[_Tensor]:
+    tensors: list[_Tensor] = []
+    packed: dict[str, dict[str, list[_Update]]] = {}
+    for update in updates:
+        name, experts = f"base_model.model.{update.module}", update.weight.experts
+        if _is_packed(update.weight):
+            module = name.rpartition(".")[0]
+            packed.setdefault(module, {}).setdefault(name, []).append(update)
+        elif experts:
+            for expert in range(experts):
+                tensors += _pair(name.format(expert=expert), *update.of_expert(expert))
+        else:
+            tensors += _pair(name, update.A, update.B)
+    for module, parameters in packed.items():
+        # PEFT wraps a module once for each of its parameters, the first innermost.
+        for depth, own in enumerate(reversed(parameters.values())):
+            tensors += _packed_pair(module + ".base_layer" * depth, own)
+    return tensors
+
+
+def _pair(name: str, A: np.ndarray, B: np.ndarray) -> tuple[_Tensor, _Tensor]:
+    return _Tensor(f"{name}.lora_A.weight", A.shape, lambda: A), _Tensor(f"{name}.lora_B.weight", B.shape, lambda: B)
+
+
+def _packed_pair(name: str, updates: Sequence[_Update]) -> tuple[_Tensor, _Tensor]:
+    """The factors of one parameter that holds all experts, and gate and up, which share `A`."""
+    weight, A = updates[0].weight, updates[0].A
+    assert weight.fused is not None
+    E, (r, fan_in), fan_out = weight.experts, A.shape[-2:], weight.fused.shape[1 + weight.fused.axis]
+
+    def packed_A() -> np.ndarray:
+        return np.broadcast_to(A, (E, r, fan_in)).reshape(E * r, fan_in)
+
+    def packed_B() -> np.ndarray:
+        whole = np.empty((fan_out, r, E), np.float32)
+        for update in updates:
+            assert update.weight.fused is not None
+            whole[update.weight.fused.span(update.weight.shape[1])] = update.B.transpose(1, 2, 0)
+        return whole.reshape(fan_out, r * E)
+
+    return (
+        _Tensor(f"{name}.lora_A.weight", (E * r, fan_in), packed_A),
+        _Tensor(f"{name}.lora_B.weight", (fan_out, r * E), packed_B),
+    )
+
+
+def _tinker_tensors(checkpoint: _Checkpoint) -> list[_Tensor]:
+    tensors: list[_Tensor] = []
+    for update in checkpoint.updates:
+        name, weight = update.module, update.weight
+        if name == _HEAD:
+            name = _TINKER_HEAD
+        elif weight.fused is not None:
+            name = f"{weight.fused.hf.rpartition('.')[0]}.{_TINKER_EXPERTS[weight.module]}"
+        for ours, theirs in checkpoint.cfg.file_names.tinker:
+            name = name.replace(ours, theirs)
+        tensors += _pair(f"base_model.model.{name}", update.A, update.B)
+    return tensors
+
+
+def _write_adapter(
+    directory: Path, checkpoint: _Checkpoint, tensors: Sequence[_Tensor], modules: Iterable[str], parameters: Sequence[str] = ()
+) -> None:
+    """Writes tensors and configuration; `modules` and `parameters` are those that have factors, as paths."""
+    plans = [tensor_files.plan(tensor.name, np.float32, tensor.shape) for tensor in tensors]
+    tensor_files.write(directory / "adapter_model.safetensors", plans, (tensor.make() for tensor in tensors))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -246,8 +362,10 @@ def _write_adapter(directory: Path, checkpoint: _Checkpoint, head: str) -> None:
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "target_modules": [head.rpartition(".")[2] if module == _HEAD else module for module in checkpoint.modules],
+        "target_modules": list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
     }
+    if parameters:
+        config["target_parameters"] = list(dict.fromkeys(parameters))
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -264,17 +382,55 @@ def _public_name(checkpoint: _Checkpoint) -> str:
     return directory.resolve().name
 
 
-def _merge(entry: TensorEntry, factors: _Factors | None, checkpoint: _Checkpoint, dtype: np.dtype) -> np.ndarray:
-    """The tensor plus its update, in `dtype`; blocks of rows keep the float32 scratch space small."""
-    stored = entry.read()
-    if factors is None:
-        return stored.astype(dtype, copy=False)
-    scale = np.float32(checkpoint.alpha / checkpoint.record.lora_rank)
-    out = np.empty(stored.shape, dtype)
-    rows = max(1, _BLOCK // stored.shape[1])
-    for start in range(0, stored.shape[0], rows):
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of weights that are not quantised."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = plain.get("text_config")
+    return plain | {"text_config": _plain_config(text)} if isinstance(text, Mapping) else plain
+
+
+def _by_tensor(updates: Sequence[_Update], tensors: Mapping[str, StoredTensor]) -> dict[str, list[tuple[_Update, int | None]]]:
+    """What is added to each tensor of the file; of an expert's own tensor with the number of the expert."""
+    found: dict[str, list[tuple[_Update, int | None]]] = {}
+    for update in updates:
+        weight = update.weight
+        if weight.fused is not None and weight.fused.hf in tensors:
+            found.setdefault(weight.fused.hf, []).append((update, None))
+        elif weight.experts:
+            found |= {weight.hf.format(expert=expert): [(update, expert)] for expert in range(weight.experts)}
+        else:
+            found[weight.hf] = [(update, None)]
+    return found
+
+
+def _merge(
+    tensor: StoredTensor, updates: Sequence[tuple[_Update, int | None]], scale: np.float32, dtype: np.dtype
+) -> Iterator[bytes | np.ndarray]:
+    """The tensor plus its updates, in `dtype`, in pieces."""
+    if not updates and not tensor.is_encoded and tensor.dtype == dtype:
+        yield from tensor.sources[0].blocks()
+    elif len(tensor.shape) == 3:
+        for expert in range(tensor.shape[0]):
+            part = tensor.part(expert)
+            out = part.astype(dtype)
+            for update, _ in updates:
+                update.weight.put(out, _sum(update.weight.cut(part), *update.of_expert(expert), scale, dtype))
+            yield out
+    elif updates:
+        ((update, expert),) = updates
+        A, B = (update.A, update.B) if expert is None else update.of_expert(expert)
+        yield _sum(tensor.read(), A, B, scale, dtype)
+    else:
+        yield tensor.read().astype(dtype, copy=False)
+
+
+def _sum(W: np.ndarray, A: np.ndarray, B: np.ndarray, scale: np.float32, dtype: np.dtype) -> np.ndarray:
+    """W + scale · B A in `dtype`; blocks of rows keep the float32 scratch space small."""
+    out = np.empty(W.shape, dtype)
+    rows = max(1, _BLOCK // W.shape[1])
+    for start in range(0, W.shape[0], rows):
         block = slice(start, start + rows)
-        out[block] = (stored[block].astype(np.float32) + scale * (factors.B[block] @ factors.A)).astype(dtype)
+        out[block] = (W[block].astype(np.float32) + scale * (B[block] @ A)).astype(dtype)
     return out
 
 

@@ -33,6 +33,7 @@ def load_base(
     shardings: Mapping[str, Sharding] | None = None,
     progress: bool = True,
     quantization: Quantization | None = None,
+    unused: tuple[str, ...] = (),
 ) -> dict[str, jax.Array]:
     """Loads the base weights of a model directory.
 
@@ -43,6 +44,7 @@ def load_base(
         shardings: sharding of each weight by its name, layer axis included; None is the default device.
         progress: show a progress bar.
         quantization: how weights may be encoded, see `tinker_jax.checkpoints.stored`.
+        unused: beginnings of names of tensors that may be there and are not read.
 
     Returns:
         `{weight.name: array of shape weight.full_shape}`.
@@ -56,7 +58,7 @@ def load_base(
     from tqdm import tqdm
 
     tensors = stored_tensors(read_index(directory), quantization)
-    check_names(directory, tensors, table)
+    check_names(directory, tensors, table, unused)
     total = sum(math.prod(weight.full_shape) for weight in table)
     params: dict[str, jax.Array] = {}
     shown = {
@@ -113,8 +115,10 @@ def stored_as(weight: Weight, tensors: Collection[str]) -> list[tuple[str, tuple
     return stored
 
 
-def check_names(directory: Path, tensors: Mapping[str, StoredTensor], table: Sequence[Weight]) -> None:
-    """Holds the file's tensors against the table, both ways.
+def check_names(
+    directory: Path, tensors: Mapping[str, StoredTensor], table: Sequence[Weight], unused: tuple[str, ...] = ()
+) -> None:
+    """Holds the file's tensors against the table, both ways; further ones may begin as `unused` says.
 
     Raises:
         UnprocessableEntityError: a tensor is missing, unexpected, or of another shape.
@@ -126,7 +130,8 @@ def check_names(directory: Path, tensors: Mapping[str, StoredTensor], table: Seq
             f"{directory} lacks tensor {missing[0]!r} ({len(missing)} of {len(expected)} are missing; looked in {files}). "
             "Do config.json and weights belong together?"
         )
-    surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    further = [name for name in tensors if name not in expected and not name.startswith(unused)]
+    surplus = [name for name in further if not name.endswith("rotary_emb.inv_freq")]
     if _HEAD in surplus and _EMBEDDING in expected:
         if not _same_bytes(tensors[_HEAD].sources[0], tensors[_EMBEDDING].sources[0]):
             raise UnprocessableEntityError(

@@ -239,8 +239,8 @@ def shards(plans: Iterable[Plan], max_bytes: int) -> list[list[Plan]]:
     return groups
 
 
-def write(file: Path, plans: Sequence[Plan], tensors: Iterable[bytes | np.ndarray]) -> None:
-    """Writes one safetensors file; `tensors` yields each tensor, or its bytes, in the order of `plans`."""
+def write(file: Path, plans: Sequence[Plan], tensors: Iterable[np.ndarray | Iterator[bytes | np.ndarray]]) -> None:
+    """Writes one safetensors file; `tensors` yields each tensor, or its pieces in order, in the order of `plans`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for one in plans:
@@ -252,9 +252,11 @@ def write(file: Path, plans: Sequence[Plan], tensors: Iterable[bytes | np.ndarra
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for one, tensor in zip(plans, tensors, strict=True):
-            # numpy has no buffer protocol for bfloat16, hence the view as bytes.
-            data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data if isinstance(tensor, np.ndarray) else tensor
-            assert len(data) == one.nbytes, f"{one.name}: planned {one.nbytes} bytes, got {len(data)}"
-            out.write(data)
+            written = 0
+            for piece in (tensor,) if isinstance(tensor, np.ndarray) else tensor:
+                # numpy has no buffer protocol for bfloat16, hence the view as bytes.
+                data = piece if isinstance(piece, bytes) else np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+                written += out.write(data)
+            assert written == one.nbytes, f"{one.name}: planned {one.nbytes} bytes, got {written}"
         out.flush()
         os.fsync(out.fileno())

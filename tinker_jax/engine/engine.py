@@ -313,7 +313,9 @@ class Engine:
         shardings = {weight.name: sharding.named(mesh, weight.full_axes) for weight in table}
         verify_download(directory, self._store.home / "verified")
         plan = self._plan(cfg, dtype.itemsize, mesh)
-        params = load_base(directory, table, dtype, shardings, quantization=read_quantization(directory))
+        params = load_base(
+            directory, table, dtype, shardings, quantization=read_quantization(directory), unused=cfg.file_names.unused
+        )
         trainer = Trainer(cfg, params, mesh, plan, lambda: self._worker.others_wait(), self.config.deterministic)
         text = Text(directory)
         sampler = Sampler(

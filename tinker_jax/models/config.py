@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tinker_jax.types import _check
 from tinker_jax.types._show import brief
@@ -11,6 +11,18 @@ from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Group
+
+
+class FileNames(NamedTuple):
+    """What the table of weights does not tell of a family's files.
+
+    Attributes:
+        unused: beginnings of names of tensors that files may hold and the model does not use.
+        tinker: parts of Hugging Face names, and what stands in their place in Tinker's adapters.
+    """
+
+    unused: tuple[str, ...] = ()
+    tinker: tuple[tuple[str, str], ...] = ()
 
 
 class ModelConfig(Protocol):
@@ -24,6 +36,7 @@ class ModelConfig(Protocol):
         tied: the unembedding is the embedding's matrix.
         context_length: tokens.
         groups: the layers, in order.
+        file_names: beside those in the table of weights.
     """
 
     @property
@@ -42,6 +55,8 @@ class ModelConfig(Protocol):
     def context_length(self) -> int: ...
     @property
     def groups(self) -> tuple[Group, ...]: ...
+    @property
+    def file_names(self) -> FileNames: ...
 
 
 #: Indices are int32. Names are made for each layer, and tables for each page of a context, before a file could disagree.
@@ -105,6 +120,12 @@ class Reader:
     def layers(self) -> int:
         """Number of layers."""
         return self.need("num_hidden_layers", _MOST_LAYERS)
+
+    @property
+    def predictors(self) -> int:
+        """Number of layers beyond `layers` that files have for multi-token prediction."""
+        key = "num_nextn_predict_layers"
+        return 0 if self.cfg.get(key) is None else size(self.cfg, key, _MOST_LAYERS, least=0)
 
     @property
     def context_length(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from tinker_jax.models.block import Block, Group, group_layers
-from tinker_jax.models.config import Reader
+from tinker_jax.models.config import FileNames, Reader
 from tinker_jax.models.experts import Experts, Layout
 from tinker_jax.models.latent_attention import LatentAttention
 from tinker_jax.models.mlp import GatedMLP
@@ -60,6 +60,7 @@ class DeepseekV3Config:
     Attributes:
         F, F_expert, F_shared: feed-forward width of a dense layer, of an expert, of the expert of all tokens (0: none).
         dense: number of dense layers, which come first.
+        predictors: further layers in files, which predict tokens beyond the next and have no place in the model.
         attn: of every layer.
         router: of every layer with experts.
     """
@@ -73,6 +74,7 @@ class DeepseekV3Config:
     L: int
     E: int
     dense: int
+    predictors: int
     attn: LatentAttention
     router: SigmoidRouter
     norm_eps: float
@@ -87,6 +89,11 @@ class DeepseekV3Config:
     @property
     def rope(self) -> Rope:
         return self.attn.rope
+
+    @property
+    def file_names(self) -> FileNames:
+        """Layers beyond the last are those of multi-token prediction."""
+        return FileNames(unused=tuple(f"model.layers.{self.L + i}." for i in range(self.predictors)))
 
 
 @functools.cache
@@ -121,6 +128,7 @@ def parse(cfg: Mapping[str, Any]) -> DeepseekV3Config:
         L=L,
         E=E,
         dense=min(dense, L),
+        predictors=read.predictors,
         attn=LatentAttention(
             D,
             N,

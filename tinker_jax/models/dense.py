@@ -13,7 +13,7 @@ from typing import Any
 
 from tinker_jax.models.attention import Attention
 from tinker_jax.models.block import Block, Group, group_layers
-from tinker_jax.models.config import Reader
+from tinker_jax.models.config import FileNames, Reader
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.rope import Rope, parse_rope
 
@@ -37,6 +37,8 @@ class DenseConfig:
     qkv_bias: bool
     qk_norm: bool
     context_length: int
+
+    file_names = FileNames()
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tinker_jax.models.attention import Attention
 from tinker_jax.models.block import Block, Group, group_layers
-from tinker_jax.models.config import Reader
+from tinker_jax.models.config import FileNames, Reader
 from tinker_jax.models.experts import Experts, Layout
 from tinker_jax.models.rope import Rope, parse_rope
 from tinker_jax.models.routers import top_k_softmax
@@ -83,6 +83,8 @@ class GptOssConfig:
     norm_eps: float
     tied: bool
     context_length: int
+
+    file_names = FileNames(tinker=((".self_attn.", ".attn."),))
 
     @property
     def groups(self) -> tuple[Group, ...]:

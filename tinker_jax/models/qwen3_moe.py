@@ -15,7 +15,7 @@ import jax
 
 from tinker_jax.models.attention import Attention
 from tinker_jax.models.block import Block, Group, group_layers
-from tinker_jax.models.config import Reader
+from tinker_jax.models.config import FileNames, Reader
 from tinker_jax.models.experts import Experts, Layout
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.rope import Rope, parse_rope
@@ -68,6 +68,8 @@ class Qwen3MoeConfig:
     norm_eps: float
     tied: bool
     context_length: int
+
+    file_names = FileNames()
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -34,6 +34,10 @@ class Fused:
     step: int = 1
     transposed: bool = False
 
+    def span(self, length: int) -> slice:
+        """Where a cut of this length lies along `axis`."""
+        return slice(self.first, self.first + self.step * length, self.step)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -88,12 +92,17 @@ class Weight:
         assert self.fused is not None
         at = self.fused
         index = [slice(None)] * part.ndim
-        index[at.axis] = slice(at.first, at.first + at.step * self.shape[1], at.step)
+        index[at.axis] = at.span(self.shape[1])
         return part[tuple(index)].T if at.transposed else part[tuple(index)]
 
     def put(self, part: np.ndarray, value: np.ndarray) -> None:
         """Writes an expert's weight into its part of the `fused` tensor."""
         self.cut(part)[...] = value
+
+    def of_layer(self, number: int) -> Weight:
+        """The row of one of its layers alone, names filled in, `{expert}` left."""
+        fused = self.fused and replace(self.fused, hf=self.fused.hf.format(layer=number))
+        return replace(self, hf=self.hf.format(layer=number, expert="{expert}"), layers=(), fused=fused)
 
     @property
     def experts(self) -> int:
@@ -125,8 +134,12 @@ def weights(cfg: ModelConfig) -> tuple[Weight, ...]:
                 table.append(replace(row, name=f"{stack.name}.{row.name}", hf=hf, layers=stack.layers, fused=fused))
     table.append(Weight("final_norm.scale", "model.norm.weight", (cfg.D,), (None,)))
     if not cfg.tied:
-        table.append(Weight("lm_head.kernel", "lm_head.weight", (cfg.V, cfg.D), ("vocab", "embed"), lora="unembed"))
+        table.append(_head(cfg))
     return tuple(table)
+
+
+def _head(cfg: ModelConfig) -> Weight:
+    return Weight("lm_head.kernel", "lm_head.weight", (cfg.V, cfg.D), ("vocab", "embed"), lora="unembed")
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,7 @@ class LoraTarget:
         fan_in, fan_out: D_in and D_out.
         axes: logical axes of the two.
         stacked: layers on the leading axis of both factors, 0 where there is none.
+        weights: rows of the table that it updates; of a tied unembedding the row that it would have.
         a_lead, b_lead: further leading axes of a factor, as (length, logical axis): experts, and gate and up.
     """
 
@@ -150,6 +164,7 @@ class LoraTarget:
     fan_out: int
     axes: tuple[str | None, str | None]
     stacked: int
+    weights: tuple[Weight, ...]
     a_lead: tuple[tuple[int, str | None], ...] = ()
     b_lead: tuple[tuple[int, str | None], ...] = ()
 
@@ -171,6 +186,7 @@ def lora_targets(cfg: ModelConfig) -> tuple[LoraTarget, ...]:
         (fan_out, fan_in), (out_axis, in_axis) = w.shape[-2:], w.axes[-2:]
         of_expert = ((w.experts, "experts"),)
         a_lead, b_lead = {None: ((), ()), "a": ((), ((len(own), None), *of_expert)), "b": (of_expert, ())}[w.shares]
-        targets.append(LoraTarget(stack, module, w.lora, fan_in, fan_out, (in_axis, out_axis), w.stacked, a_lead, b_lead))
-    targets.append(LoraTarget("", "lm_head", "unembed", cfg.D, cfg.V, ("embed", "vocab"), 0))
+        axes = (in_axis, out_axis)
+        targets.append(LoraTarget(stack, module, w.lora, fan_in, fan_out, axes, w.stacked, tuple(own), a_lead, b_lead))
+    targets.append(LoraTarget("", "lm_head", "unembed", cfg.D, cfg.V, ("embed", "vocab"), 0, (_head(cfg),)))
     return tuple(targets)
