@@ -1,7 +1,7 @@
 """Experts of transformers' Qwen3-MoE in torch, with an adapter in Tinker's parametrisation.
 
-Tokens are sorted by expert and each expert multiplies its own, with exact sizes. Frozen matrices get no gradient; no expert's
-update is ever built.
+Tokens are sorted by expert and multiplied by torch's grouped product, which on a CPU trains as fast as a loop over the experts
+and samples a little faster. Frozen matrices get no gradient; no expert's update is ever built.
 """
 
 from __future__ import annotations
@@ -32,30 +32,17 @@ class LoraExperts(torch.nn.Module):
         (M, K), dtype = ids_MK.shape, x_MD.dtype
         order_S = torch.argsort(ids_MK.flatten(), stable=True)
         place_S, token_S = torch.argsort(order_S), order_S // K
-        sizes_E = torch.bincount(ids_MK.flatten(), minlength=len(self.down_a)).tolist()
-        z_MR = self.scale * (x_MD @ self.gate_up_a.to(dtype))
-        # `unbind` has one gradient for all experts; indexing would clear a whole tensor for each of them.
-        experts = zip(
-            sizes_E,
-            x_MD[token_S].split(sizes_E),
-            z_MR[token_S].split(sizes_E),
-            weights_MK.flatten()[order_S, None].split(sizes_E),
-            self.base.gate_up_proj,
-            self.gate_up_b.to(dtype).unbind(),
-            self.base.down_proj,
-            self.down_a.to(dtype).unbind(),
-            strict=True,
-        )
-        out, z_down = [], []
-        for size, x, z, weight, gate_up, gate_up_b, down, down_a in experts:
-            if not size:
-                continue
-            gate, up = torch.addmm(x @ gate_up.T, z, gate_up_b).chunk(2, dim=-1)
-            h = F.silu(gate) * up * weight
-            out.append(h @ down.T)
-            z_down.append(h @ down_a)
-        out_MD, z_down_MR = (torch.cat(rows)[place_S].view(M, K, -1).sum(1) for rows in (out, z_down))
-        return torch.addmm(out_MD, z_down_MR, self.down_b.to(dtype), alpha=self.scale)
+        ends_E = torch.bincount(ids_MK.flatten(), minlength=len(self.down_a)).cumsum(0, dtype=torch.int32)
+
+        def product(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+            return F.grouped_mm(rows, matrices.to(dtype), offs=ends_E)
+
+        x_SD, z_SR = x_MD[token_S], (self.scale * (x_MD @ self.gate_up_a.to(dtype)))[token_S]
+        gate, up = (product(x_SD, self.base.gate_up_proj.mT) + product(z_SR, self.gate_up_b)).chunk(2, dim=-1)
+        h_SF = F.silu(gate) * up * weights_MK.flatten()[order_S, None]
+        sorted_rows = product(h_SF, self.base.down_proj.mT), product(h_SF, self.down_a)
+        out_MD, z_MR = (rows[place_S].view(M, K, -1).sum(1) for rows in sorted_rows)
+        return torch.addmm(out_MD, z_MR, self.down_b.to(dtype), alpha=self.scale)
 
 
 def adapt(model: Any, rank: int, scale: float) -> None:

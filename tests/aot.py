@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tinker_jax import memory, sharding
 from tinker_jax.losses import default_config
+from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.rope import Rope
 from tinker_jax.models.weights import weights
@@ -45,7 +46,7 @@ def mesh_of(devices, shape: tuple[int, int, int], expert: int = 1) -> Mesh:
     return Mesh(grid, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES))
 
 
-def abstract_params(mesh: Mesh, cfg: DenseConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(mesh: Mesh, cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Base weights in bfloat16, nothing allocated."""
     return {
         w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.bfloat16, sharding=sharding.named(mesh, w.full_axes))
@@ -53,7 +54,7 @@ def abstract_params(mesh: Mesh, cfg: DenseConfig) -> dict[str, jax.ShapeDtypeStr
     }
 
 
-def lower_step(mesh: Mesh, device_bytes: int, cfg: DenseConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
+def lower_step(mesh: Mesh, device_bytes: int, cfg: ModelConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
     """A micro-batch of cross-entropy as the planner and the packer make it for full rows, bfloat16, LoRA of rank 32 on all."""
     plan = memory.plan(cfg, 2, device_bytes, mesh.shape)
     params = abstract_params(mesh, cfg)
@@ -76,7 +77,7 @@ def lower_sampler(
     device_bytes: int,
     rows: int = 64,
     tokens: int = 4096,
-    cfg: DenseConfig = QWEN3_8B,
+    cfg: ModelConfig = QWEN3_8B,
     longest: int | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered, int]:
     """A decode chunk of so many rows, and a prefill of 16 chunks of 256 tokens, under an adapter of rank 32, over pages that
