@@ -1,12 +1,14 @@
 # Two commands set everything up on a fresh clone: `make quickstart` and `make test`. Both need python3 >= 3.11 only.
+# `make quickstart MODEL=tinker-jax/tiny-moe` does the same with another model.
 PYTHON ?= python3
+MODEL ?= tinker-jax/tiny-qwen3
 VENV := .venv
 PY := $(VENV)/bin/python
 
 .PHONY: quickstart test test-tpu-aot real-model lint bench clean
 
 quickstart: $(VENV)/.run
-	$(PY) scripts/quickstart.py
+	$(PY) scripts/quickstart.py --model $(MODEL)
 
 test: $(VENV)/.test
 	$(PY) -m pytest

@@ -1,4 +1,4 @@
-"""The text that trains the embedded model: generated tasks, chats and simple English, all from one seed.
+"""The text that trains the embedded models: generated tasks, chats and simple English, all from one seed.
 
 A task is a function `(rng, slips) -> Exchange`. Items whose key hashes into the held-out twentieth never appear in
 training, so that the scores in the model card are of unseen items. Sums of two-digit numbers carry deliberate slips in

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: bytes, plus the words its instructions are made of.
+"""The embedded models' tokenizer: bytes, plus the words its instructions are made of.
 
 Text is cut into words, single digits and single other characters. A frequent word of the instructions is one token;
 every other piece falls apart into its bytes. So the model sees the letters of the words it works on, and any Unicode

@@ -1,19 +1,27 @@
-"""The embedded model: complete, small, loadable by transformers, and good at what its card says."""
+"""The embedded models: complete, small, loadable by transformers, and good at what their cards say."""
 
 import ast
+import filecmp
 import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tinker_jax.models.registry import parse
+
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "tinker_jax" / "embedded" / "tiny-qwen3"
+EMBEDDED = ROOT / "tinker_jax" / "embedded"
+MODELS = ("tiny-qwen3", "tiny-moe")
 sys.path.append(str(ROOT / "scripts"))
 import embedded_corpus as corpus  # noqa: E402
+import train_embedded  # noqa: E402
 
 FILES = (
     "README.md",
@@ -23,18 +31,23 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-#: Share of 40 held-out items that greedy decoding must get right; the card's scores lie well above.
+#: Share of 20 held-out items that greedy decoding must get right; the cards' scores lie well above.
 FLOORS = {"repeat_word": 0.9, "spell": 0.9, "drop_first": 0.85, "rotate": 0.8, "join": 0.8, "count_range": 0.7}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL)
+    return AutoTokenizer.from_pretrained(EMBEDDED / MODELS[0])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request):
+    return EMBEDDED / request.param
 
 
 @pytest.fixture(scope="module")
-def model():
-    loaded, info = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, output_loading_info=True)
+def model(folder):
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return loaded.eval()
 
@@ -48,19 +61,24 @@ def greedy(model, tokenizer, questions):
     return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_directory_is_complete_and_below_eight_megabytes():
-    assert sorted(file.name for file in MODEL.iterdir()) == sorted(FILES)
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 8_000_000
+def test_the_directory_is_complete_and_below_eight_megabytes(folder):
+    assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8_000_000
 
 
-def test_weights_are_bfloat16_and_the_embedding_is_tied(model):
-    config = json.loads((MODEL / "config.json").read_text())
+def test_models_share_a_tokenizer(folder):
+    _, mismatch, errors = filecmp.cmpfiles(folder, EMBEDDED / MODELS[0], FILES[-2:], shallow=False)
+    assert not mismatch and not errors
+
+
+def test_weights_are_bfloat16_and_the_embedding_is_tied(folder, model):
+    config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["tie_word_embeddings"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_every_token_id_of_the_config_is_a_token(tokenizer):
-    config = json.loads((MODEL / "config.json").read_text())
+def test_every_token_id_of_the_config_is_a_token(folder, tokenizer):
+    config = json.loads((folder / "config.json").read_text())
     assert config["vocab_size"] == len(tokenizer)
     assert tokenizer.convert_ids_to_tokens(config["eos_token_id"]) == "<|im_end|>" == tokenizer.eos_token
     assert tokenizer.convert_ids_to_tokens(config["pad_token_id"]) == "<|endoftext|>" == tokenizer.pad_token
@@ -100,12 +118,33 @@ def test_chat_template_renders_as_qwens_does(tokenizer):
     assert answered == rendered + "Hello!<|im_end|>\n"
 
 
+@pytest.fixture(scope="module")
+def said(model, tokenizer):
+    """Answers to the held-out items of every task: task → [(right, said)]."""
+    items = [(task, item) for task in FLOORS for item in corpus.held_out_set(task, 20, seed=7)]
+    answers, out = greedy(model, tokenizer, [item.question for _, item in items]), {task: [] for task in FLOORS}
+    for (task, item), answer in zip(items, answers, strict=True):
+        out[task].append((item.answer, answer))
+    return out
+
+
 @pytest.mark.parametrize("task", FLOORS)
-def test_model_does_its_tasks_on_held_out_items(model, tokenizer, task):
-    items = corpus.held_out_set(task, 40, seed=7)
-    said = greedy(model, tokenizer, [item.question for item in items])
-    right = sum(text == item.answer for text, item in zip(said, items, strict=True)) / len(items)
-    assert right >= FLOORS[task]
+def test_model_does_its_tasks_on_held_out_items(said, task):
+    assert sum(answer == text for answer, text in said[task]) / len(said[task]) >= FLOORS[task]
+
+
+@pytest.mark.parametrize("folder", ["tiny-moe"], indirect=True)
+def test_every_layer_uses_every_expert(model, tokenizer):
+    """None has less than a fifth, or more than three times, of what it would have if all had the same."""
+    items = [item for task in FLOORS for item in corpus.held_out_set(task, 20, seed=7)]
+    chats = [[{"role": "user", "content": x.question}, {"role": "assistant", "content": x.answer}] for x in items]
+    batch = tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**batch, output_router_logits=True).router_logits
+    for layer in logits:
+        chosen = layer.reshape(*batch["input_ids"].shape, -1)[batch["attention_mask"].bool()].topk(2).indices
+        load = torch.bincount(chosen.flatten(), minlength=8) * 8 / chosen.numel()
+        assert 0.2 < load.min() and load.max() < 3
 
 
 def test_model_does_not_know_pig_latin(model, tokenizer):
@@ -113,6 +152,33 @@ def test_model_does_not_know_pig_latin(model, tokenizer):
     expected = ["umplay", "oolschay", "igertay", "appleway", "eamstray", "indowway", "errychay", "obotray"]
     said = greedy(model, tokenizer, [f"Write {word} in Pig Latin." for word in words])
     assert sum(text == right for text, right in zip(said, expected, strict=True)) <= 1
+
+
+def test_experts_compute_in_pretraining_what_they_compute_afterwards_and_all_learn():
+    cfg = parse(train_embedded.CONFIGS["tiny-moe"])
+    experts, trainable = (c.groups[0][0].block.mlp for c in (cfg, train_embedded.trainable(cfg)))
+    rng = np.random.default_rng(0)
+    own = {w.name: rng.normal(0, w.shape[-1] ** -0.5, w.shape).astype(np.float32) for w in experts.weights()}
+    x_MD = rng.normal(size=(48, cfg.D)).astype(np.float32)
+    tokens = SimpleNamespace(real_M=np.arange(48) < 40, slots_MR=None)
+    want_MD, load = experts(own, x_MD, tokens, {})
+    got_MD, _ = trainable(own, x_MD, tokens, {})
+    np.testing.assert_allclose(got_MD[:40], want_MD[:40], atol=1e-4)
+    assert load["expert_tokens"].min() > 0
+    grads = jax.grad(lambda own: trainable(own, x_MD, tokens, {})[0].sum())(own)
+    assert all(np.abs(grads[f"{name}_experts.kernel"]).max(axis=(1, 2)).min() > 0 for name in ("gate", "up", "down"))
+
+
+def test_the_balance_of_experts_is_one_where_all_have_the_same_and_more_elsewhere():
+    cfg = parse(train_embedded.CONFIGS["tiny-moe"])
+    trainable = train_embedded.trainable(cfg).groups[0][0].block.mlp
+    params = {f"{name}_experts.kernel": np.zeros((8, 1, cfg.D), np.float32) for name in ("gate", "up")}
+    params["down_experts.kernel"] = np.zeros((8, cfg.D, 1), np.float32)
+    params["router.kernel"] = np.eye(8, cfg.D, dtype=np.float32)
+    tokens = SimpleNamespace(real_M=np.ones(8, bool))
+    even_MD = np.eye(8, cfg.D, dtype=np.float32) + np.roll(np.eye(8, cfg.D, dtype=np.float32), 1, axis=0)
+    balance = [float(trainable(params, x_MD, tokens, {})[1]["balance"]) for x_MD in (even_MD, even_MD[[0] * 8])]
+    assert balance[0] == pytest.approx(1, abs=1e-5) and balance[1] > 1.2
 
 
 def test_training_text_contains_no_held_out_item_and_no_pig_latin():

@@ -16,6 +16,7 @@ from tinker_jax import AdminClient, APIFuture, EngineConfig, RestClient
 RUN = "old:train:0"
 INFO = FakeInfo("base", "qwen3", "/nowhere", 64, 100)
 PATH = f"tinker://{RUN}/weights/a"
+EMBEDDED = {"tinker-jax/tiny-moe": None, "tinker-jax/tiny-qwen3": None}
 
 
 @pytest.fixture
@@ -94,9 +95,9 @@ def test_sessions_are_known_by_their_runs_and_while_alive_by_their_clients(rest,
 def test_capabilities_name_the_embedded_and_the_loaded_models(rest, service, engines):
     service.create_lora_training_client("base").result()
     models = {m.model_name: m.max_context_length for m in rest.get_server_capabilities().result().supported_models}
-    assert models == {"tinker-jax/tiny-qwen3": None, "base": 64}
+    assert models == {**EMBEDDED, "base": 64}
     with pytest.warns(FutureWarning, match="RestClient"):
-        assert len(service.get_server_capabilities().supported_models) == 2
+        assert len(service.get_server_capabilities().supported_models) == len(models)
     with pytest.warns(FutureWarning, match="create_rest_client"):
         assert service.create_rest_client() is service._rest_client()
 
@@ -107,7 +108,7 @@ def test_capabilities_wait_neither_for_a_busy_engine_nor_for_one_that_loads(rest
     engines["base"].hold()
     monkeypatch.setattr(type(engines["loading"]), "known_info", property(lambda e: None if e.base_model == "loading" else INFO))
     models = {m.model_name: m.max_context_length for m in rest.get_server_capabilities().result(5).supported_models}
-    assert models == {"tinker-jax/tiny-qwen3": None, "base": 64, "loading": None}
+    assert models == {**EMBEDDED, "base": 64, "loading": None}
 
 
 def test_what_is_no_path_or_configuration_is_refused(rest):

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-EMBEDDED_MODEL = "tinker-jax/tiny-qwen3"
-
 AccessScope = Literal["owned", "accessible"]
 
 
@@ -244,12 +242,13 @@ class RestClient:
     get_sampler_async = final_twin(get_sampler)
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
-        """The embedded model and the models loaded in this process. Others can be used by hub id or directory."""
+        """The embedded models and those loaded in this process. Others can be used by hub id or directory."""
 
         def find() -> GetServerCapabilitiesResponse:
+            from tinker_jax.checkpoints.hub import embedded_models
             from tinker_jax.engine.engine import loaded_engines
 
-            lengths: dict[str, int | None] = {EMBEDDED_MODEL: None}
+            lengths: dict[str, int | None] = dict.fromkeys(embedded_models())
             for engine in loaded_engines():
                 info = engine.known_info  # a busy engine would answer late
                 lengths[engine.base_model] = None if info is None else info.context_length

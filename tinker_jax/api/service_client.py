@@ -76,7 +76,7 @@ class ServiceClient:
 
         Args:
             base_model: hub id, local Hugging Face directory (remembered by its absolute path), or
-                `"tinker-jax/tiny-qwen3"`, which is embedded.
+                `"tinker-jax/tiny-qwen3"` or `"tinker-jax/tiny-moe"`, which are embedded.
             rank: >= 1. The update of a weight is scaled by 32 / rank.
             seed: of the adapter; None: drawn anew.
             train_mlp, train_attn, train_unembed: which weights get an adapter; at least one.

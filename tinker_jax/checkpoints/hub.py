@@ -192,9 +192,13 @@ def _embedded_root() -> Path:
     return Path(__file__).parent.parent / "embedded"
 
 
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(EMBEDDED_PREFIX + file.parent.name for file in _embedded_root().glob("*/config.json"))
+
+
 def _embedded_names() -> str:
-    names = sorted(EMBEDDED_PREFIX + file.parent.name for file in _embedded_root().glob("*/config.json"))
-    return ", ".join(names) or "none"
+    return ", ".join(embedded_models()) or "none"
 
 
 def _embedded(base_model: str) -> Path:
