@@ -1,5 +1,8 @@
 """config.json is read right, and what it asks for and we lack is refused by name."""
 
+import json
+
+import odd_values as odd
 import pytest
 import tiny
 
@@ -55,3 +58,47 @@ def test_head_width_falls_back_as_each_family_defines():
 def test_what_is_not_supported_is_refused_by_name(change, error, text):
     with pytest.raises(error, match=text):
         parse({**QWEN3, **change})
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "error", "text"),
+    [
+        ("qwen3_moe", {"hidden_act": "gelu"}, UnsupportedError, "hidden_act='gelu' is not supported for qwen3_moe"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, BadRequestError, "num_experts_per_tok=7 is above num_local_experts=6"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, BadRequestError, "decoder_sparse_step: .*got int 0"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, BadRequestError, "mlp_only_layers: expected a list"),
+        ("qwen3_moe", {"mlp_only_layers": [0, "1"]}, BadRequestError, r"mlp_only_layers\[1\]: "),
+        ("qwen3_moe", {"mlp_only_layers": [-1]}, BadRequestError, r"mlp_only_layers\[0\]: .*-1"),
+        ("gpt_oss", {"hidden_act": "gelu"}, UnsupportedError, "hidden_act='gelu' is not supported for gpt_oss"),
+        ("gpt_oss", {"sliding_window": None}, BadRequestError, "sliding_window is missing"),
+        ("gpt_oss", {"sliding_window": 0}, BadRequestError, "sliding_window: .*got int 0"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, BadRequestError, "layer_types: .*num_hidden_layers=4"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, UnsupportedError, "layer_types: 'chunked_attention' is not"),
+        ("gpt_oss", {"num_key_value_heads": 3}, BadRequestError, "num_attention_heads=4 is no multiple"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, UnsupportedError, "scoring_func='softmax'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, UnsupportedError, "topk_method='greedy'"),
+        ("deepseek_v3", {"n_group": 3}, BadRequestError, "n_group=3 and topk_group=2"),
+        ("deepseek_v3", {"topk_group": 5}, BadRequestError, "n_group=4 and topk_group=5"),
+        ("deepseek_v3", {"num_experts_per_tok": 5}, BadRequestError, "num_experts_per_tok=5 is above the 4 experts"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, UnsupportedError, "qk_rope_head_dim=7 is odd"),
+        ("deepseek_v3", {"first_k_dense_replace": 4}, BadRequestError, "first_k_dense_replace: .*got int 4"),
+    ],
+)
+def test_what_a_family_of_experts_cannot_do_is_refused_by_name(family, change, error, text):
+    with pytest.raises(error, match=text):
+        parse({**tiny.CONFIGS[family]().to_dict(), **change})
+
+
+def _in_json(value):
+    try:
+        return json.loads(json.dumps(value)) == value or value != value
+    except Exception:  # what json cannot write, whatever its reason
+        return False
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_odd_values_of_any_key_are_read_or_refused_by_a_library_error(family):
+    config = tiny.CONFIGS[family]().to_dict()
+    for key in config:
+        for value in filter(_in_json, [x.value for x in odd.ODD] + [{}, [None], [[]], {"a": 1}]):
+            odd.outcome(lambda changed={**config, key: value}: parse(changed).groups)

@@ -13,6 +13,8 @@ from tinker_jax import sharding
 from tinker_jax.kernels.decode_attention import PAGE
 from tinker_jax.models.caches import Caches
 from tinker_jax.models.decoder import Decoder, unembedding
+from tinker_jax.models.experts import Experts
+from tinker_jax.models.weights import weights
 
 T = 70  # beyond the llama3 test rope's original context of 32
 
@@ -64,19 +66,68 @@ def test_forward_and_extend_match_transformers(family):
     assert starts.tolist() == [T, T]
 
 
-def test_bfloat16_weights_stay_close_to_float32():
-    model = tiny.model("qwen3")
-    cfg, params = tiny.base_params("qwen3", model)
+@pytest.mark.parametrize("family", ["qwen3", *(family for family in tiny.FAMILIES if family not in tiny.DENSE)])
+def test_bfloat16_weights_stay_close_to_float32(family):
+    model = tiny.model(family)
+    cfg, params = tiny.base_params(family, model)
+    exact = {w.name for w in weights(cfg) if w.exact}
     ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (1, 40))
     positions, segments = jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32)
 
     def run(dtype):
-        cast = {k: jnp.asarray(v, dtype) for k, v in params.items()}
+        cast = {k: jnp.asarray(v, jnp.float32 if k in exact else dtype) for k, v in params.items()}
         h_MD, _ = Decoder(cfg, cast).forward(ids, positions, segments)
         assert h_MD.dtype == dtype
         return np.asarray(logits(cfg, cast, h_MD).astype(jnp.float32))
 
     assert np.abs(run(jnp.bfloat16) - run(jnp.float32)).mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in tiny.DENSE])
+def test_sampling_chooses_the_experts_that_training_chooses(family, dtype, monkeypatch, record_property):
+    model = tiny.model(family)
+    cfg, params = tiny.base_params(family, model)
+    exact = {w.name for w in weights(cfg) if w.exact}
+    params = {k: jnp.asarray(v, jnp.float32 if k in exact else dtype) for k, v in params.items()}
+    chosen, choose = [], Experts._choose
+
+    def recorded(self, *args):
+        weights_MK, ids_MK = choose(self, *args)
+        jax.debug.callback(lambda ids: chosen.append(np.sort(ids, axis=-1)), ids_MK, ordered=True)
+        return weights_MK, ids_MK
+
+    monkeypatch.setattr(Experts, "_choose", recorded)
+    ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (1, T))
+
+    @jax.jit
+    def whole(params, tokens):
+        h_MD, _ = Decoder(cfg, params).forward(tokens, jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))
+        return logits(cfg, params, h_MD).astype(jnp.float32)
+
+    trained = whole(params, ids)
+    jax.effects_barrier()
+    layers = len(chosen)
+    caches = Caches(cfg, sharding.make_mesh(), dtype)
+    pool, tables = caches.empty(4), np.arange(1, 1 + -(-T // PAGE))[None]
+
+    @jax.jit
+    def extend(params, tokens, positions, pool):
+        h_MD, pool = Decoder(cfg, params).extend(tokens, positions, tables, pool, caches=caches)
+        return logits(cfg, params, h_MD).astype(jnp.float32), pool
+
+    sampled = []
+    for first in range(0, T, 10):
+        part, pool = extend(params, ids[:, first : first + 10], np.arange(first, first + 10)[None], pool)
+        sampled.append(part)
+    jax.effects_barrier()
+    in_training, in_sampling = np.stack(chosen[:layers]), np.stack(chosen[layers:]).reshape(T // 10, layers, 10, -1)
+    differ = (in_training != in_sampling.transpose(1, 0, 2, 3).reshape(in_training.shape)).any(-1)
+    gap = np.take_along_axis(np.abs(np.concatenate(sampled) - trained)[:-1], ids.T[1:], axis=-1)
+    record_property("share of choices that differ", float(differ.mean()))
+    record_property("mean difference of log-probabilities", float(gap.mean()))
+    assert layers > 0 and differ.mean() <= (0 if dtype == jnp.float32 else 0.1)
+    assert gap.mean() < (1e-4 if dtype == jnp.float32 else 0.1)
 
 
 def test_rematerialisation_changes_memory_and_not_the_gradient():

@@ -25,6 +25,8 @@ SCALINGS = {
     "qwen3": YARN | {"rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32_768},
     "gpt-oss": YARN | {"rope_theta": 150_000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
     "deepseek": DEEPSEEK,
+    "kimi": DEEPSEEK | {"rope_theta": 5e4, "factor": 32.0, "beta_fast": 1.0, "original_max_position_embeddings": 4096},
+    "a step instead of a blend": YARN | {"beta_fast": 1.0, "truncate": False},
     "one mscale": {**YARN, "mscale_all_dim": 0.5},
     "both mscales": DEEPSEEK | {"mscale": 0.707, "mscale_all_dim": 0.4},
     "an attention factor": DEEPSEEK | {"attention_factor": 1.5, "mscale": 0.707},
@@ -151,7 +153,7 @@ def test_the_original_context_of_the_file_goes_before_that_of_the_object():
         ({"rope_parameters": {"rope_type": "yarn"}}, BadRequestError, "yarn rope scaling lacks 'factor'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, BadRequestError, "yarn rope scaling lacks 'max_position_embeddings'"),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, BadRequestError, "1.0 must be above low_freq_factor=1.0"),
-        ({"rope_parameters": YARN | {"beta_fast": 1.0}}, BadRequestError, "beta_fast=1.0 must be above beta_slow=1.0"),
+        ({"rope_parameters": YARN | {"beta_fast": 0.5}}, BadRequestError, "beta_fast=0.5 is below beta_slow=1.0"),
         (
             {"rope_parameters": YARN | {"rope_theta": 1.0}},
             BadRequestError,
@@ -178,8 +180,8 @@ ACCEPTED = {
     "yarn": {
         "rope_theta": odd.real(1, without=[1]),
         "factor": POSITIVE,
-        "beta_fast": odd.either(odd.none, odd.real(1, without=[1])),
-        "beta_slow": odd.either(odd.none, odd.real(0, 31.9, without=[0])),
+        "beta_fast": odd.either(odd.none, odd.real(1)),
+        "beta_slow": odd.either(odd.none, odd.real(0, 32, without=[0])),
         "truncate": odd.truth,
         "attention_factor": OPTIONAL,
         "mscale": odd.either(odd.none, odd.real(0)),

@@ -1,5 +1,7 @@
 """The training core against transformers + PEFT + torch, and against itself under packing and sharding."""
 
+import re
+
 import jax
 import numpy as np
 import peft
@@ -9,6 +11,7 @@ import torch
 
 from tinker_jax import lora, sharding
 from tinker_jax.memory import Plan
+from tinker_jax.models.registry import parse
 from tinker_jax.models.weights import weights
 from tinker_jax.programs import Program
 from tinker_jax.training.pending import Retracted, complete
@@ -349,6 +352,15 @@ def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
     mesh = sharding.make_mesh({"tensor": 8})
     with pytest.raises(BadRequestError, match=r"model.k_proj: dimension 1 \(kv_heads\) has size 20.*'tensor' of size 8"):
         sharding.check_divisible("model.k_proj", (32, 20), ("embed", "kv_heads"), mesh)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_mesh_that_does_not_divide_the_experts_is_refused_by_name(family):
+    mesh = sharding.make_mesh({"expert": 4})
+    experts = next(w for w in weights(parse(tiny.CONFIGS[family]().to_dict())) if w.experts)
+    name = re.escape(experts.hf)
+    with pytest.raises(BadRequestError, match=rf"{name}: dimension 1 \(.*\) has size 6, which mesh axis 'expert' of size 4"):
+        sharding.check_divisible(experts.hf, experts.full_shape, experts.full_axes, mesh)
 
 
 def test_targets_of_any_width_compile_few_programs():

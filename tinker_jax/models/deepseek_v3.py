@@ -20,7 +20,7 @@ from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.rope import Rope, parse_rope
 from tinker_jax.models.routers import grouped_sigmoid_top_k
 from tinker_jax.models.weights import Weight
-from tinker_jax.types.errors import BadRequestError
+from tinker_jax.types.errors import BadRequestError, UnsupportedError
 
 LAYOUT = Layout("mlp.experts.{expert}.{name}.weight", "mlp.experts")
 
@@ -115,9 +115,12 @@ def parse(cfg: Mapping[str, Any]) -> DeepseekV3Config:
     read.require("topk_method", "noaux_tc", "noaux_tc")
     D, N, L = read.need("hidden_size"), read.need("num_attention_heads"), read.layers
     E, k = read.experts("n_routed_experts", "num_local_experts")
-    rope = parse_rope(cfg, read.need("qk_rope_head_dim"), interleaved=read.flag("rope_interleave", True))
+    turning = read.need("qk_rope_head_dim")
+    if turning % 2:
+        raise UnsupportedError(f"config.json: qk_rope_head_dim={turning} is odd; rotary embedding needs an even width.")
+    rope = parse_rope(cfg, turning, interleaved=read.flag("rope_interleave", True))
     width = read.need("moe_intermediate_size")
-    dense = read.need("first_k_dense_replace", least=0)
+    dense = read.need("first_k_dense_replace", L, least=0)
     return DeepseekV3Config(
         model_type=read.model_type,
         V=read.need("vocab_size"),
@@ -127,8 +130,12 @@ def parse(cfg: Mapping[str, Any]) -> DeepseekV3Config:
         F_shared=width * read.count("n_shared_experts"),
         L=L,
         E=E,
+<<<<<<< HEAD
         dense=min(dense, L),
         predictors=read.predictors,
+=======
+        dense=dense,
+>>>>>>> h8
         attn=LatentAttention(
             D,
             N,

@@ -213,8 +213,8 @@ def _yarn(params: Mapping[str, Any]) -> Yarn:
         mscale=_check.real(given.get("mscale", 0), "config.json: mscale", minimum=0),
         mscale_all_dim=_check.real(given.get("mscale_all_dim", 0), "config.json: mscale_all_dim", minimum=0),
     )
-    if scaling.beta_fast <= scaling.beta_slow:
-        raise BadRequestError(f"config.json: beta_fast={scaling.beta_fast} must be above beta_slow={scaling.beta_slow}.")
+    if scaling.beta_fast < scaling.beta_slow:
+        raise BadRequestError(f"config.json: beta_fast={scaling.beta_fast} is below beta_slow={scaling.beta_slow}.")
     return scaling
 
 
