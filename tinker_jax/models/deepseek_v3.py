@@ -130,12 +130,8 @@ def parse(cfg: Mapping[str, Any]) -> DeepseekV3Config:
         F_shared=width * read.count("n_shared_experts"),
         L=L,
         E=E,
-<<<<<<< HEAD
-        dense=min(dense, L),
         predictors=read.predictors,
-=======
         dense=dense,
->>>>>>> h8
         attn=LatentAttention(
             D,
             N,
