@@ -56,7 +56,9 @@ def base(request, checkpoint) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("groups", [ALL, ("attn", "mlp")], ids=["all", "no unembed"])
+@pytest.mark.parametrize(
+    "groups", [pytest.param(ALL, id="all"), pytest.param(("attn", "mlp"), id="no unembed", marks=pytest.mark.slow)]
+)
 def test_peft_loads_the_adapter_and_computes_our_logits(tmp_path, base, groups):
     path = trained(tmp_path / "home", base, groups=groups)
     assert export_peft(path, tmp_path / "peft", home=tmp_path / "home") == tmp_path / "peft"
@@ -78,7 +80,9 @@ def test_the_peft_files_say_what_they_are(tmp_path, checkpoint):
     assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (tiny.VOCAB, 4)
 
 
-@pytest.mark.parametrize("groups", [ALL, ("attn", "mlp")], ids=["all", "no unembed"])
+@pytest.mark.parametrize(
+    "groups", [pytest.param(ALL, id="all"), pytest.param(("attn", "mlp"), id="no unembed", marks=pytest.mark.slow)]
+)
 def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path, base, groups):
     path = trained(tmp_path / "home", base, groups=groups)
     export_merged(path, tmp_path / "merged", home=tmp_path / "home", max_shard_size="30KB", progress=False)

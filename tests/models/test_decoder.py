@@ -83,7 +83,7 @@ def test_bfloat16_weights_stay_close_to_float32(family):
     assert np.abs(run(jnp.bfloat16) - run(jnp.float32)).mean() < 0.1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in tiny.DENSE])
 def test_sampling_chooses_the_experts_that_training_chooses(family, dtype, monkeypatch, record_property):
     model = tiny.model(family)
