@@ -231,11 +231,12 @@ def _late_by_a_row(x_SD, w, sizes_E, *, transposed):
     return reference_grouped_matmul(x_SD, w, sizes_E.at[0].add(1), transposed=transposed)
 
 
-def test_a_gpu_without_the_kernel_takes_the_loop_and_says_so_once(caplog):
+def test_an_implementation_that_is_passed_over_is_named_once(caplog, monkeypatch):
     x, w, sizes, _ = make(41, 80, 96, (3, 0, 9, 1), transposed=True)
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.6")
     mesh = SimpleNamespace(devices=np.array([gpu]))
     api._log_fallback.cache_clear()
+    monkeypatch.setitem(api.PREFERENCE, "gpu", ("mosaic", "blocks"))
     with caplog.at_level(logging.WARNING, "tinker_jax"):
         for _ in range(2):
             y = grouped_matmul(x, w, sizes, transposed=True, frozen=True, mesh=mesh)  # pyright: ignore[reportArgumentType]
