@@ -111,7 +111,7 @@ def on_default_cpu(mesh: Mesh) -> bool:
 def parts(mesh: Mesh | Mapping[str, int], axis: str) -> int:
     """How many pieces a mesh, or one of such sizes, cuts a logical axis into; absent mesh axes have one device."""
     mesh_axes = RULES[axis]
-    sizes: Mapping[str, int] = getattr(mesh, "shape", mesh)
+    sizes: Any = getattr(mesh, "shape", mesh)
     return math.prod(sizes.get(a, 1) for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
 
 
