@@ -64,8 +64,8 @@ def limit_tables(monkeypatch, count):
     """Samplers made from now on have calls that hold so many tables for the whole context."""
     make_attention = caches.paged_attention_on
 
-    def limited(*args):
-        paged = make_attention(*args)
+    def limited(*args, **options):
+        paged = make_attention(*args, **options)
         return dataclasses.replace(paged, backend=dataclasses.replace(paged.backend, most_entries=count * MOST))
 
     monkeypatch.setattr(caches, "paged_attention_on", limited)
