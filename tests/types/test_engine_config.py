@@ -32,7 +32,7 @@ def test_the_mesh_cannot_change_afterwards_and_the_configuration_pickles():
     ("bad", "message"),
     [
         ({"dtype": "float16"}, "EngineConfig.dtype: expected one of None, 'float32', 'bfloat16', got str 'float16'"),
-        ({"mesh": {"model": 2}}, "EngineConfig.mesh: unknown axis 'model'; the axes are data, fsdp, tensor"),
+        ({"mesh": {"model": 2}}, "EngineConfig.mesh: unknown axis 'model'; the axes are data, fsdp, expert, tensor"),
         ({"mesh": {"data": 0}}, r"EngineConfig.mesh\['data'\]: expected an integer >= 1, got int 0"),
         ({"mesh": 8}, "EngineConfig.mesh: expected a mapping"),
         ({"memory": 0}, "EngineConfig.memory: expected an integer >= 1"),
