@@ -17,8 +17,10 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import aot
 import pytest
 import tiny
+from jax.experimental import topologies
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +44,18 @@ def checkpoint(tmp_path_factory):
         return made[family]
 
     return get
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """Mesh of one H200 that need not be there. cuDNN asks the devices of this process, not those compiled for."""
+    pytest.importorskip("jax_cuda13_plugin")
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    monkeypatch.setattr(private, "check_compute_capability", lambda capability: capability <= "9.0")
+    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    devices = topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices
+    return aot.mesh_of(devices, (1, 1, 1))
 
 
 def pytest_collection_modifyitems(items):

@@ -31,7 +31,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-#: Share of 20 held-out items that greedy decoding must get right; the cards' scores lie well above.
+#: Share of 40 held-out items that greedy decoding must get right; the cards' scores lie well above.
 FLOORS = {"repeat_word": 0.9, "spell": 0.9, "drop_first": 0.85, "rotate": 0.8, "join": 0.8, "count_range": 0.7}
 
 
@@ -121,7 +121,7 @@ def test_chat_template_renders_as_qwens_does(tokenizer):
 @pytest.fixture(scope="module")
 def said(model, tokenizer):
     """Answers to the held-out items of every task: task → [(right, said)]."""
-    items = [(task, item) for task in FLOORS for item in corpus.held_out_set(task, 20, seed=7)]
+    items = [(task, item) for task in FLOORS for item in corpus.held_out_set(task, 40, seed=7)]
     answers, out = greedy(model, tokenizer, [item.question for _, item in items]), {task: [] for task in FLOORS}
     for (task, item), answer in zip(items, answers, strict=True):
         out[task].append((item.answer, answer))
@@ -136,7 +136,7 @@ def test_model_does_its_tasks_on_held_out_items(said, task):
 @pytest.mark.parametrize("folder", ["tiny-moe"], indirect=True)
 def test_every_layer_uses_every_expert(model, tokenizer):
     """None has less than a fifth, or more than three times, of what it would have if all had the same."""
-    items = [item for task in FLOORS for item in corpus.held_out_set(task, 20, seed=7)]
+    items = [item for task in FLOORS for item in corpus.held_out_set(task, 40, seed=7)]
     chats = [[{"role": "user", "content": x.question}, {"role": "assistant", "content": x.answer}] for x in items]
     batch = tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), return_tensors="pt", padding=True)
     with torch.no_grad():

@@ -196,12 +196,12 @@ def plan(
 ) -> Plan:
     """Divides the `memory` bytes of each device.
 
-    After its part of the frozen weights (`fsdp` and `tensor` cut them, `data` copies them) a fifth goes to keys and values
-    and half to the activations of its rows, on a CPU of two micro-batches; the rest is left to adapters, optimiser state and
-    XLA's temporaries. Of the policies under which a useful micro-batch fits, the one that recomputes least is taken. On a GPU
-    a slice of a stack of layers is a copy at every step of decoding; where a copy of all of them fits into the half that
-    activations have, which are not there at the same time, decoding makes that once for many steps. A TPU reads the stack in
-    place, a CPU decodes layer by layer.
+    After its part of the frozen weights (cut as `tinker_jax.sharding.RULES` says) a fifth goes to keys and values and half
+    to the activations of its rows, on a CPU of two micro-batches; the rest is left to adapters, optimiser state and XLA's
+    temporaries. Of the policies under which a useful micro-batch fits, the one that recomputes least is taken. On a GPU a
+    slice of a stack of layers is a copy at every step of decoding; where a copy of all of them fits into the half that
+    activations have, which are not there at the same time, decoding makes that once for many steps. A TPU reads the stack
+    in place, a CPU decodes layer by layer.
 
     Args:
         cfg: shape of the model.

@@ -66,15 +66,6 @@ def test_decode_and_prefill_of_qwen3_8b_hold_the_ragged_kernel_and_leave_the_poo
     check_pool_stays(compiled, pool, mesh.size)
 
 
-@pytest.fixture
-def h200(monkeypatch):
-    """Mesh of one H200."""
-    pytest.importorskip("jax_cuda13_plugin")
-    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    devices = topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices
-    return aot.mesh_of(devices, (1, 1, 1))
-
-
 @pytest.mark.gpu_aot
 @pytest.mark.timeout(3000)
 def test_decode_of_qwen3_8b_leaves_the_pool_in_place_on_an_h200(h200):

@@ -1,27 +1,15 @@
 """Grouped products compile for one H200 with the Mosaic kernel, and hold nothing beside their operands and results."""
 
-import os
 from typing import Any
 
-import aot
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from tinker_jax import sharding
 from tinker_jax.kernels.grouped_matmul import grouped_matmul
 
 TOKENS, CHOSEN, E = 16_384, 8, 128  # Qwen3-30B-A3B
-
-
-@pytest.fixture
-def h200(monkeypatch):
-    """Mesh of one H200."""
-    pytest.importorskip("jax_cuda13_plugin")
-    monkeypatch.setitem(os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    devices = topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology="1x1x1").devices
-    return aot.mesh_of(devices, (1, 1, 1))
 
 
 @pytest.mark.gpu_aot

@@ -29,9 +29,8 @@ class Caches:
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, dtype: Any) -> None:
         counts: dict[Heads, int] = {}
-        self._places: dict[
-            str, tuple[int, int, int]
-        ] = {}  # of a stack: its kind, place of its first layer, and from one to the next
+        # Of each stack: its kind, the place of its first layer among those of the kind, and how far apart its layers are.
+        self._places: dict[str, tuple[int, int, int]] = {}
         for group in cfg.groups:
             kinds = [stack.block.attn.cached for stack in group]
             for at, (stack, heads) in enumerate(zip(group, kinds, strict=True)):

@@ -96,9 +96,9 @@ class Reader:
         """A whole number, or None where it is missing or null."""
         return None if self.cfg.get(key) is None else size(self.cfg, key)
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, most: int = _MOST) -> int:
         """A whole number; 0 where it is missing or null."""
-        return 0 if self.cfg.get(key) is None else size(self.cfg, key, least=0)
+        return 0 if self.cfg.get(key) is None else size(self.cfg, key, most, least=0)
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""
@@ -124,8 +124,7 @@ class Reader:
     @property
     def predictors(self) -> int:
         """Number of layers beyond `layers` that files have for multi-token prediction."""
-        key = "num_nextn_predict_layers"
-        return 0 if self.cfg.get(key) is None else size(self.cfg, key, _MOST_LAYERS, least=0)
+        return self.count("num_nextn_predict_layers", _MOST_LAYERS)
 
     @property
     def context_length(self) -> int:

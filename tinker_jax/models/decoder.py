@@ -204,8 +204,10 @@ def ropes(cfg: ModelConfig, tables: Sequence[tuple[jax.Array, jax.Array]]) -> Ro
 
 def attention_of(cfg: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Callable[..., jax.Array]:
     """The attention of whole rows that every layer of the model can use on a mesh."""
-    (heads,) = {stack.block.attn.heads for stack in stacks(cfg)}
-    return attention_on(mesh, heads, dtype)
+    mixers = [stack.block.attn for stack in stacks(cfg)]
+    (heads,) = {mixer.heads for mixer in mixers}
+    sinks, windows = any(mixer.sinks for mixer in mixers), any(mixer.window for mixer in mixers)
+    return attention_on(mesh, heads, dtype, sinks=sinks, windows=windows)
 
 
 def activation_dtype(params: Params) -> jnp.dtype:

@@ -24,9 +24,7 @@ from tinker_jax.models.weights import Fused, Weight
 from tinker_jax.sharding import RULES
 
 if TYPE_CHECKING:
-    from tinker_jax.models.block import Report, Tokens
-
-Params = Mapping[str, jax.Array]
+    from tinker_jax.models.block import Params, Report, Tokens
 
 
 #: Logical axes of what belongs to experts one by one, as it stands on a mesh while they work: the model's width is whole.
