@@ -29,7 +29,7 @@ class Trained:
         self.untrained, self.outputs = self.client.save_weights_and_get_sampling_client().result(), []
         for _ in range(20):
             self.outputs.append(self.client.forward_backward(data, "cross_entropy"))
-            self.client.optim_step(AdamParams(learning_rate=2e-2))
+            self.client.optim_step(AdamParams(learning_rate=5e-3))
         self.sampler = self.client.save_weights_and_get_sampling_client().result()
 
     def prompt(self, word):

@@ -1,9 +1,7 @@
 """Grouped products equal the plain formula, forward and backward; dispatch and combine equal NumPy's."""
 
-import functools
 import logging
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,71 +108,12 @@ def products(jaxpr):
     return sum(str(equation.primitive) in ("dot_general", "ragged_dot_general") for equation in equations(jaxpr.jaxpr))
 
 
-_formula = jax.jit(reference_grouped_matmul, static_argnames="transposed")
-_loop = jax.jit(
-    functools.partial(grouped_matmul, frozen=True, implementation="loop"),
-    static_argnames=("transposed", "frozen", "implementation"),
-)
-
-
 class TestBlocks(GroupedMatmulTests):
     implementation = "blocks"
 
 
 class TestXla(GroupedMatmulTests):
     implementation = "xla"
-
-
-class TestLoop(GroupedMatmulTests):
-    implementation = "loop"
-
-    @settings(max_examples=60, deadline=None)
-    @given(
-        counts=st.lists(st.integers(0, 30), min_size=5, max_size=5),
-        transposed=st.booleans(),
-        seed=st.integers(0, 99),
-    )
-    def test_any_sizes(self, counts, transposed, seed):
-        sizes = np.minimum(np.cumsum(counts), 83)
-        x, w, sizes, _ = make(83, 12, 20, np.diff(sizes, prepend=0), transposed=transposed, seed=seed)
-        ours, formula = (run(x, w, sizes, transposed=transposed) for run in (_loop, _formula))
-        close(ours, formula, jnp.float32)
-
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-    @pytest.mark.parametrize("transposed", [True, False])
-    @pytest.mark.parametrize(("S", "E"), [(8, 64), (64, 16), (700, 8), (2048, 8)])
-    def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(self, S, E, transposed, dtype):
-        """The same row among other rows, in a group of another size, at another place."""
-        D, N, e = 96, 64, 3
-        x, w, _, _ = make(S, D, N, [0] * E, transposed=transposed, dtype=dtype)
-        rng = np.random.default_rng(1)
-        run = jax.jit(lambda x, sizes: grouped_matmul(x, w, sizes, transposed=transposed, frozen=True, implementation="loop"))
-        results = set()
-        for _ in range(12):
-            sizes = rng.multinomial(rng.integers(1, S), rng.dirichlet(np.full(E, 0.3)))
-            sizes[e] += 1
-            at = int(sizes[:e].sum() + rng.integers(sizes[e]))
-            others = jnp.asarray(rng.standard_normal((S, D)), dtype)
-            y = run(others.at[at].set(x[0]), jnp.asarray(sizes, jnp.int32))
-            results.add(np.asarray(y[at].astype(jnp.float32)).tobytes())
-        assert len(results) == 1
-
-    @pytest.mark.parametrize("transposed", [True, False])
-    def test_memory_does_not_grow_with_the_number_of_experts(self, transposed):
-        E, S, D, N = 32, 256, 128, 96
-        x, w, sizes, g = make(S, D, N, [S // E] * E, transposed=transposed)
-
-        def run(x, w, sizes, g):
-            def ours(x):
-                return grouped_matmul(x, w, sizes, transposed=transposed, frozen=True, implementation="loop")
-
-            y, vjp = jax.vjp(ours, x)
-            return y, vjp(g)[0]
-
-        memory: Any = jax.jit(run).lower(x, w, sizes, g).compile().memory_analysis()
-        temporaries = memory.temp_size_in_bytes
-        one_weight, rows = D * N * 4, S * (D + N) * 4
-        assert temporaries < 3 * one_weight + 2 * rows < E * one_weight / 2
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from tinker_jax.kernels.grouped_matmul import by_expert, combine, grouped_matmul, spread
+from tinker_jax.kernels.grouped_matmul import by_expert, combine, goes_over_experts, grouped_matmul, over_experts, spread
+from tinker_jax.kernels.products import times_transposed
 from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
@@ -158,7 +159,7 @@ class Experts:
         own = {name: x for name, x in params.items() if name in _OF_EXPERTS_AXES}
         own |= {} if gate_up is None else {"gate_up_experts.b": gate_up["b"]}
         own |= {} if down is None else {"down_experts.a": down["a"]}
-        out_MD, z_down_MR = self._on_mesh(tokens.mesh, own, x_MD, weights_MK, ids_MK, z_MR)
+        out_MD, z_down_MR = self._on_mesh(tokens, own, x_MD, weights_MK, ids_MK, z_MR)
         if down is not None:
             out_MD = out_MD + _masked(z_down_MR, tokens.slots_MR) @ down["b"].astype(x_MD.dtype)
         if self.biases:
@@ -178,11 +179,12 @@ class Experts:
             own, logits_ME
         )
 
-    def _on_mesh(self, mesh, own, x_MD, weights_MK, ids_MK, z_MR):
+    def _on_mesh(self, tokens, own, x_MD, weights_MK, ids_MK, z_MR):
         """`_routed` of all devices: a token goes to every device that shares its experts with others, and what they make of it
         is summed. With several experts a token most devices have one of them, so that sending it only there would save little.
         """
-        run = functools.partial(self._routed, mesh)
+        mesh = tokens.mesh
+        run = functools.partial(self._routed, mesh, tokens.kept)
         if mesh is None or mesh.size == 1:
             return run(own, x_MD, weights_MK, ids_MK, z_MR)
 
@@ -207,33 +209,61 @@ class Experts:
         )
         return each(own, x_MD, weights_MK, ids_MK, z_MR)
 
-    def _routed(self, mesh, own, x_MD, weights_MK, ids_MK, z_MR):
+    def _routed(self, mesh, one_size, own, x_MD, weights_MK, ids_MK, z_MR):
         """What the chosen experts of a device make [M, D], and what their `a` of down make [M, R]."""
         E, (M, K), dtype = own["gate_experts.kernel"].shape[0], ids_MK.shape, x_MD.dtype
         dispatch = by_expert(ids_MK, E)
+        own = {name: x.astype(dtype) if name.endswith("kernel") else x for name, x in own.items()}
+        if "gate_up_experts.b" in own:
+            own["gate_up_experts.b"] = tuple(own["gate_up_experts.b"])
 
         def sorted_rows(x_MK: jax.Array) -> jax.Array:
             return jnp.zeros(M * K, x_MK.dtype).at[dispatch.place_MK.reshape(-1)].set(x_MK.reshape(-1), mode="drop")
 
-        def product(x_SD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
-            return grouped_matmul(x_SD, w.astype(dtype), dispatch.sizes_E, transposed=frozen, frozen=frozen, mesh=mesh)
+        weights_S = sorted_rows(weights_MK)
+        if goes_over_experts(mesh):
+            trained = {name: x for name, x in own.items() if name.endswith((".a", ".b"))}
+            frozen = {name: x for name, x in own.items() if name not in trained}
+            return over_experts(
+                functools.partial(self._hidden, _product_of_block, lambda bias_F: bias_F[None]),
+                functools.partial(self._down, _product_of_block),
+                trained,
+                frozen,
+                (x_MD, z_MR),
+                weights_S,
+                dispatch,
+                one_size=one_size,
+                keep_as=PRODUCTS,
+            )
 
-        x_SD, expert_S = spread(x_MD, dispatch), sorted_rows(ids_MK)
-        z_SR = None if z_MR is None else spread(z_MR, dispatch)
+        def product(x_SD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
+            w = w.astype(dtype)
+            return grouped_matmul(x_SD, w, dispatch.sizes_E, transposed=frozen, frozen=frozen, mesh=mesh)
+
+        expert_S = sorted_rows(ids_MK)
+        rows = spread(x_MD, dispatch), None if z_MR is None else spread(z_MR, dispatch)
+        hidden = checkpoint_name(self._hidden(product, lambda bias_EF: bias_EF[expert_S], own, rows), PRODUCTS)
+        made, ones_MK = self._down(product, own, hidden, weights_S[:, None]), jnp.ones_like(weights_MK)
+        return jax.tree.map(lambda y_S: combine(y_S, ones_MK, dispatch.place_MK), made)
+
+    def _hidden(self, product, bias, own, rows):
+        """Gate and up before the activation, of rows of x and of z."""
+        x_SD, z_SR = rows
         hidden = []
         for i, name in enumerate(("gate", "up")):
             y_SF = product(x_SD, own[f"{name}_experts.kernel"], True)
             if self.biases:
-                y_SF = y_SF + own[f"{name}_experts.bias"][expert_S]
+                y_SF = y_SF + bias(own[f"{name}_experts.bias"])
             if z_SR is not None:
                 y_SF = y_SF + product(z_SR, own["gate_up_experts.b"][i], False)
-            hidden.append(checkpoint_name(y_SF, PRODUCTS))
-        h_SF = self.act(*hidden) * sorted_rows(weights_MK).astype(dtype)[:, None]
-        ones_MK = jnp.ones_like(weights_MK)
-        out_MD = combine(product(h_SF, own["down_experts.kernel"], True), ones_MK, dispatch.place_MK)
-        if "down_experts.a" not in own:
-            return out_MD, None
-        return out_MD, combine(product(h_SF, own["down_experts.a"], False), ones_MK, dispatch.place_MK)
+            hidden.append(y_SF)
+        return hidden
+
+    def _down(self, product, own, hidden, weights_S1):
+        """What rows of gate and up become: of the model's width, and what the adapter's `a` makes of them."""
+        h_SF = self.act(*hidden) * weights_S1.astype(hidden[0].dtype)
+        made = product(h_SF, own["down_experts.kernel"], True)
+        return made, product(h_SF, own["down_experts.a"], False) if "down_experts.a" in own else None
 
     def sizes(self, tensor: int) -> Sizes:
         """Numbers that it holds of a token, on each of `tensor` devices."""
@@ -245,3 +275,8 @@ class Experts:
 def _masked(z_MR: Any, slots_MR: jax.Array | None) -> jax.Array:
     """As in `tinker_jax.lora.updates`."""
     return z_MR if slots_MR is None else jnp.where(slots_MR, z_MR, 0)
+
+
+def _product_of_block(x_CD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
+    """Of rows of one expert."""
+    return times_transposed(x_CD, w) if frozen else x_CD @ w.astype(x_CD.dtype)

@@ -10,19 +10,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tinker_jax.kernels.grouped_matmul import blocks, loop, xla
+from tinker_jax.kernels.grouped_matmul import blocks, xla
 from tinker_jax.kernels.grouped_matmul.reference import reference_grouped_matmul
 
 logger = logging.getLogger("tinker_jax")
 
-Implementation = Literal["mosaic", "blocks", "xla", "loop", "reference"]
+Implementation = Literal["mosaic", "blocks", "xla", "reference"]
 
 #: What is tried on a platform, best first. The last one takes every case. `"mosaic"` is not among them: on an H200
 #: with jax 0.11.2 it agreed with the formula at some sizes, and hung or faulted at others.
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "tpu": ("xla",),
     "gpu": ("blocks",),
-    "cpu": ("loop",),
+    "cpu": ("blocks",),
 }
 
 
@@ -50,7 +50,6 @@ def grouped_matmul(
         implementation: None takes the first of `PREFERENCE` for the platform that can do the case, and logs once why another
             was passed over.
             `"reference"` is the plain formula.
-            `"loop"` goes over the experts that have rows, and over blocks of these: for CPUs.
             `"blocks"` is a batched product over blocks of rows, a few experts at a time: for GPUs.
             `"mosaic"` is JAX's Pallas kernel for Hopper; on a GPU that is there it first has to agree with the plain formula.
             `"xla"` is `jax.lax.ragged_dot`: for TPUs.
@@ -83,6 +82,11 @@ def grouped_matmul(
     return _product(run, transposed, frozen, x_SD, w, sizes_E)
 
 
+def goes_over_experts(mesh: Mesh | None) -> bool:
+    """Do the mesh's devices (None: JAX's default device) take one expert after the other, with `over_experts`?"""
+    return (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
+
+
 @functools.cache  # once for each reason
 def _log_fallback(name: str, reason: str) -> None:
     logger.warning("grouped matmul: %s is not used: %s", name, reason)
@@ -108,7 +112,7 @@ def _backend(name: Implementation, device: Any, D: int, N: int, dtype: Any) -> B
         return Backend(mosaic.product, mosaic.weight_gradient)
     if name == "reference":
         return Backend(reference_grouped_matmul, xla.weight_gradient)
-    module = {"blocks": blocks, "loop": loop, "xla": xla}[name]
+    module = {"blocks": blocks, "xla": xla}[name]
     return Backend(module.product, module.weight_gradient)
 
 
