@@ -72,6 +72,11 @@ def clients(checkpoint, tmp_path_factory):
     return Clients(checkpoint("qwen3"), tmp_path_factory.mktemp("home"), "float32")
 
 
+@pytest.fixture(scope="module")
+def experts(checkpoint, tmp_path_factory):
+    return Clients(checkpoint("qwen3_moe"), tmp_path_factory.mktemp("home"), "float32")
+
+
 # ---- the table ----
 
 
@@ -130,6 +135,11 @@ def test_numbers_are_the_same_bit_for_bit(clients, what, company):
         assert len(numbers) == len(others) > 0, len(row)
         for x, y in zip(numbers, others, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("what", [pytest.param(sampling, marks=pytest.mark.slow), forward, gradients])
+def test_numbers_of_a_mixture_of_experts_are_the_same_too(experts, what):
+    test_numbers_are_the_same_bit_for_bit(experts, what, "among others of other lengths")
 
 
 # ---- sampling and training agree ----
