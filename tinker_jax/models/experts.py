@@ -21,7 +21,7 @@ from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
 from tinker_jax.models.weights import Fused, Weight
-from tinker_jax.sharding import RULES
+from tinker_jax.sharding import RULES, parts
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Params, Report, Tokens
@@ -235,11 +235,15 @@ class Experts:
             return out_MD, None
         return out_MD, combine(product(h_SF, own["down_experts.a"], False), ones_MK, dispatch.place_MK)
 
-    def sizes(self, tensor: int) -> Sizes:
-        """Numbers that it holds of a token, on each of `tensor` devices."""
-        width, k = -(-self.F // tensor), self.router.k
-        own = Sizes(products=2 * k * width + 2 * ADAPTER_RANK, working=(3 + 4 * k) * self.D + 10 * k * width)
-        return own + self.shared.sizes(tensor) if self.shared else own
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes:
+        """Numbers that it holds of a token, on each device of such a mesh.
+
+        Devices that share the experts work on each other's tokens, too, in arrays that have room for every choice.
+        """
+        width, k, shared_by = -(-self.F // parts(mesh, "mlp")), self.router.k, parts(mesh, "experts")
+        products, working = 2 * k * width + 2 * ADAPTER_RANK, (3 + 4 * k) * self.D + 10 * k * width
+        own = Sizes(products=shared_by * products, working=shared_by * working)
+        return own + self.shared.sizes(mesh) if self.shared else own
 
 
 def _masked(z_MR: Any, slots_MR: jax.Array | None) -> jax.Array:
