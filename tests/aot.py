@@ -12,7 +12,7 @@ from tinker_jax.losses import default_config
 from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.rope import Rope
-from tinker_jax.models.weights import weights
+from tinker_jax.models.weights import Weight, weights
 from tinker_jax.sampling.drawing import Rows
 from tinker_jax.sampling.model_runner import ModelRunner
 from tinker_jax.sampling.page_pool import pages_for
@@ -48,10 +48,12 @@ def mesh_of(devices, shape: tuple[int, int, int], expert: int = 1) -> Mesh:
 
 def abstract_params(mesh: Mesh, cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Base weights in bfloat16, nothing allocated."""
-    return {
-        w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.bfloat16, sharding=sharding.named(mesh, w.full_axes))
-        for w in weights(cfg)
-    }
+
+    def abstract(w: Weight) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if w.exact else jnp.bfloat16
+        return jax.ShapeDtypeStruct(w.full_shape, dtype, sharding=sharding.named(mesh, w.full_axes))
+
+    return {w.name: abstract(w) for w in weights(cfg)}
 
 
 def lower_step(mesh: Mesh, device_bytes: int, cfg: ModelConfig = QWEN3_8B, length: int = 2048) -> jax.stages.Lowered:
@@ -80,9 +82,9 @@ def lower_sampler(
     cfg: ModelConfig = QWEN3_8B,
     longest: int | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered, int]:
-    """A decode chunk of so many rows, and a prefill of 16 chunks of 256 tokens, under an adapter of rank 32, over pages that
-    hold so many tokens for each row; and the bytes of the pages on one device. Tables are as a row of `longest` tokens wants
-    them; None: of the context."""
+    """A decode chunk of so many rows, and a prefill of chunks of 256 tokens (16, or one for each part of the rows), under an
+    adapter of rank 32, over pages that hold so many tokens for each row; and the bytes of the pages on one device. Tables are
+    as a row of `longest` tokens wants them; None: of the context."""
     parts = sharding.parts(mesh, "rows")
     params = abstract_params(mesh, cfg)
     plan = memory.plan(cfg, 2, device_bytes, mesh.shape, mesh.devices.flat[0].platform)
@@ -102,8 +104,8 @@ def lower_sampler(
     width = next(width for width in runner.widths if width >= pages_for(longest or cfg.context_length))
     state = jax.tree.map(abstract, Rows.empty(rows, width))
     chunk = jax.jit(runner._model.decode_program, static_argnames="top", donate_argnums=2)
-    ids, slots = (jax.ShapeDtypeStruct((16, n), jnp.int32, sharding=everywhere) for n in (256, 2))
-    table = jax.ShapeDtypeStruct((16, width), jnp.int32, sharding=everywhere)
+    chunks = -(-16 // parts) * parts
+    ids, slots, table = (jax.ShapeDtypeStruct((chunks, n), jnp.int32, sharding=everywhere) for n in (256, 2, width))
     prefill = jax.jit(runner._model.prefill_program, donate_argnums=2)
     pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
     split = parts * (1 if kinds[0]._cut()[1] is None else mesh.shape["tensor"])

@@ -58,16 +58,22 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(
-    "family, remat", [*(("qwen3", remat) for remat in POLICIES), ("qwen3_moe", "none"), ("deepseek_v3", "full")]
+    "family, remat, expert",
+    [*(("qwen3", remat, 1) for remat in POLICIES), ("qwen3_moe", "none", 1), ("deepseek_v3", "full", 4)],
 )
-def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat):
+def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat, expert):
     T, cfg = 2048, parse(CONFIGS[family].to_dict())
-    params = {w.name: jax.ShapeDtypeStruct(w.full_shape, jnp.float32) for w in weights(cfg)}
-    mesh, lora = sharding.make_mesh(None), LoraConfig(rank=32)
+    mesh, lora = sharding.make_mesh({"expert": expert}), LoraConfig(rank=32)
+
+    def on_mesh(shape, dtype, axes=()):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, axes))
+
+    params = {w.name: on_mesh(w.full_shape, jnp.float32, w.full_axes) for w in weights(cfg)}
     adapter = abstract(lora_targets(cfg), lora.rank, groups(lora))
     places = jax.tree.map(lambda _: sharding.replicated(mesh), adapter)
     model = WholeModel(cfg, params, mesh, lambda trained: places, Program(jnp.add, "add"))
-    numbers = {key: jax.ShapeDtypeStruct((1, T), jnp.int32) for key in ("tokens", "positions", "segments", "sequences")}
+    names = "tokens", "positions", "segments", "sequences"
+    numbers = {name: on_mesh((expert, T), jnp.int32, ("rows",)) for name in names}
     batch = numbers | {"target_tokens": numbers["tokens"]}
     static = {"loss_fn": "cross_entropy", "backward": True, "remat": remat, "trained": groups(lora)}
     step = jax.jit(model.step, static_argnames=tuple(static))
@@ -75,7 +81,7 @@ def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat):
     compiled = step.lower(adapter, scale, params, batch, {}, **static).compile()
     logits = 2 * 4 * T * cfg.V
     measured = compiled.memory_analysis().temp_size_in_bytes - logits
-    assert 0.75 < measured / (T * activation_bytes(cfg, 4, remat)) < 1.33
+    assert 0.75 < measured / (T * activation_bytes(cfg, 4, remat, mesh.shape)) < 1.33
 
 
 def test_a_large_device_keeps_activations_and_a_small_one_recomputes():
@@ -100,7 +106,7 @@ def test_data_parallelism_multiplies_rows_but_frees_no_memory():
 
 
 def test_the_residual_stream_is_not_cut_by_tensor_parallelism():
-    alone, cut = (activation_bytes(QWEN3_8B, 2, "none", tensor=n) for n in (1, 8))
+    alone, cut = (activation_bytes(QWEN3_8B, 2, "none", {"tensor": n}) for n in (1, 8))
     assert alone / 8 < cut < alone
     assert cut > QWEN3_8B.L * 2 * QWEN3_8B.D * 2
 

@@ -154,16 +154,17 @@ def token_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> int:
     return itemsize * sum(stack.block.attn.cached.cached(tensor) for stack, _ in in_order(cfg))
 
 
-def activation_bytes(cfg: ModelConfig, itemsize: int, remat: Remat, tensor: int = 1) -> int:
+def activation_bytes(cfg: ModelConfig, itemsize: int, remat: Remat, mesh: Mapping[str, int] | None = None) -> int:
     """Bytes a token takes on each device: what layers keep from the forward for the backward pass, and one layer's working set.
 
     Every layer keeps its input. `"attention"` adds attention's output and, float32, its log-sum-exp; `"none"` also what
-    matrix products made. The working set is that of the largest layer, computed again with its gradients. `tensor` devices
-    share heads and feed-forward width, but each holds the model's full width.
+    matrix products made. The working set is that of the largest layer, computed again with its gradients. Devices of the
+    axis `tensor` share heads and feed-forward width, but each holds the model's full width; what those of `expert` hold of a
+    token in a mixture of experts grows with their number.
     """
     kept = working = 0
     for stack, _ in in_order(cfg):
-        sizes = stack.block.sizes(tensor)
+        sizes = stack.block.sizes(mesh or {})
         kept += itemsize * cfg.D
         if remat != "full":
             kept += itemsize * sizes.residuals + 4 * sizes.residuals_f32
@@ -177,7 +178,7 @@ def least_bytes(cfg: ModelConfig, itemsize: int, mesh: Mapping[str, int] | None 
     """Bytes of each device without which nothing can be done: its weights, one short row in training with every layer
     recomputed, and keys and values of as many tokens."""
     tensor = parts(mesh or {}, "heads")
-    work = _SHORT_ROW * (activation_bytes(cfg, itemsize, "full", tensor) + token_bytes(cfg, itemsize, tensor))
+    work = _SHORT_ROW * (activation_bytes(cfg, itemsize, "full", mesh) + token_bytes(cfg, itemsize, tensor))
     return base_bytes(cfg, itemsize, mesh) + work
 
 
@@ -187,7 +188,7 @@ def planned_bytes(cfg: ModelConfig, itemsize: int, plan: Plan, mesh: Mapping[str
     return {
         "weights": base_bytes(cfg, itemsize, mesh),
         "cache": plan.kv_bytes,
-        "activations": tokens * activation_bytes(cfg, itemsize, plan.remat, parts(mesh or {}, "heads")),
+        "activations": tokens * activation_bytes(cfg, itemsize, plan.remat, mesh),
     }
 
 
@@ -217,7 +218,7 @@ def plan(
         at_once = AT_ONCE_CPU
     tokens, remat = 0, POLICIES[-1]
     for remat in POLICIES:
-        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, tensor)
+        tokens = free // 2 // activation_bytes(cfg, itemsize, remat, mesh)
         if tokens // at_once >= _LEAST_TOKENS:
             break
     kv_bytes = free // 5

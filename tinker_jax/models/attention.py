@@ -13,6 +13,7 @@ from tinker_jax.models.layers import Linear, RMSNorm, project
 from tinker_jax.models.rope import Rope, rotate
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
 from tinker_jax.models.weights import Weight, linear, norm
+from tinker_jax.sharding import parts
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Tokens
@@ -88,8 +89,9 @@ class Attention:
         (out_MD,) = linears(out_MNH.reshape(M, self.N * self.H), "o_proj")
         return out_MD
 
-    def sizes(self, tensor: int) -> Sizes:
-        """Numbers that it holds of a token, on each of `tensor` devices."""
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes:
+        """Numbers that it holds of a token, on each device of such a mesh."""
+        tensor = parts(mesh, "heads")
         q, kv = -(-self.N * self.H // tensor), -(-self.K * self.H // tensor)
         products = self.D + q + 2 * kv + 4 * ADAPTER_RANK
         return Sizes(products, residuals=q, residuals_f32=self.N // tensor, working=3 * self.D + 4 * q + 2 * kv)

@@ -155,7 +155,7 @@ class TokenMixer(Protocol):
     def same_input(self) -> tuple[tuple[str, ...], ...]: ...
     def weights(self) -> list[Weight]: ...
     def __call__(self, params: Params, x_MD: jax.Array, tokens: Tokens, lora: Mapping[str, Any]) -> jax.Array: ...
-    def sizes(self, tensor: int) -> Sizes: ...
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes: ...
 
 
 class ChannelMixer(Protocol):
@@ -167,7 +167,7 @@ class ChannelMixer(Protocol):
     def __call__(
         self, params: Params, x_MD: jax.Array, tokens: Tokens, lora: Mapping[str, Any]
     ) -> tuple[jax.Array, Report]: ...
-    def sizes(self, tensor: int) -> Sizes: ...
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes: ...
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ class Block:
         out_MD, report = self.mlp(params, RMSNorm(params["mlp_norm.scale"], self.eps)(h_MD), tokens, lora)
         return h_MD + out_MD, report
 
-    def sizes(self, tensor: int) -> Sizes:
-        """Numbers that it holds of a token, on each of `tensor` devices, its input left out."""
-        return self.attn.sizes(tensor) + self.mlp.sizes(tensor)
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes:
+        """Numbers that it holds of a token, on each device of such a mesh, its input left out."""
+        return self.attn.sizes(mesh) + self.mlp.sizes(mesh)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tinker_jax.lora import PRODUCTS
 from tinker_jax.models.mlp import GatedMLP
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
 from tinker_jax.models.weights import Fused, Weight
-from tinker_jax.sharding import RULES
+from tinker_jax.sharding import RULES, parts
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Params, Report, Tokens
@@ -265,11 +265,15 @@ class Experts:
         made = product(h_SF, own["down_experts.kernel"], True)
         return made, product(h_SF, own["down_experts.a"], False) if "down_experts.a" in own else None
 
-    def sizes(self, tensor: int) -> Sizes:
-        """Numbers that it holds of a token, on each of `tensor` devices."""
-        width, k = -(-self.F // tensor), self.router.k
-        own = Sizes(products=2 * k * width + 2 * ADAPTER_RANK, working=(3 + 4 * k) * self.D + 10 * k * width)
-        return own + self.shared.sizes(tensor) if self.shared else own
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes:
+        """Numbers that it holds of a token, on each device of such a mesh.
+
+        Devices that share the experts work on each other's tokens, too, in arrays that have room for every choice.
+        """
+        width, k, shared_by = -(-self.F // parts(mesh, "mlp")), self.router.k, parts(mesh, "experts")
+        products, working = 2 * k * width + 2 * ADAPTER_RANK, (3 + 4 * k) * self.D + 10 * k * width
+        own = Sizes(products=shared_by * products, working=shared_by * working)
+        return own + self.shared.sizes(mesh) if self.shared else own
 
 
 def _masked(z_MR: Any, slots_MR: jax.Array | None) -> jax.Array:

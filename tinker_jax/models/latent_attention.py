@@ -22,6 +22,7 @@ from tinker_jax.models.layers import Linear, RMSNorm, project
 from tinker_jax.models.rope import Rope, rotate, softmax_factor
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
 from tinker_jax.models.weights import Weight, linear, norm
+from tinker_jax.sharding import parts
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Tokens
@@ -113,8 +114,9 @@ class LatentAttention:
         (out_MD,) = linears(out_MNV.reshape(M, N * self.V), "o_proj")
         return out_MD
 
-    def sizes(self, tensor: int) -> Sizes:
-        """Numbers that it holds of a token, on each of `tensor` devices."""
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes:
+        """Numbers that it holds of a token, on each device of such a mesh."""
+        tensor = parts(mesh, "heads")
         q, kv, v = (-(-self.N * width // tensor) for width in (self.H + self.rope.width, self.H + self.V, self.V))
         latents = (self.Q or 0) + self.C + self.rope.width
         products = self.D + q + kv + latents + 5 * ADAPTER_RANK

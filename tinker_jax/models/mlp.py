@@ -11,6 +11,7 @@ import jax
 from tinker_jax.models.layers import Linear, project
 from tinker_jax.models.sizes import ADAPTER_RANK, Sizes
 from tinker_jax.models.weights import Weight, linear
+from tinker_jax.sharding import parts
 
 if TYPE_CHECKING:
     from tinker_jax.models.block import Report, Tokens
@@ -56,7 +57,7 @@ class GatedMLP:
         (down_MD,) = linears(jax.nn.silu(gate_MF) * up_MF, f"{self.prefix}down_proj")
         return down_MD, {}
 
-    def sizes(self, tensor: int) -> Sizes:
-        """Numbers that it holds of a token, on each of `tensor` devices."""
-        width = -(-self.F // tensor)
+    def sizes(self, mesh: Mapping[str, int]) -> Sizes:
+        """Numbers that it holds of a token, on each device of such a mesh."""
+        width = -(-self.F // parts(mesh, "mlp"))
         return Sizes(products=2 * width + 3 * ADAPTER_RANK, working=3 * self.D + 8 * width)
