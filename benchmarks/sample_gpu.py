@@ -84,7 +84,7 @@ def bytes_per_step(cfg: ModelConfig, rows: int, work: Work) -> float:
     adapter = sum(
         RANK * target.stacked * width * math.prod(size * (share if axis == "experts" else 1) for size, axis in lead)
         for target in lora_targets(cfg)
-        if target.group in GROUPS
+        if not set(GROUPS).isdisjoint(target.groups)
         for width, lead in ((target.fan_in, target.a_lead), (target.fan_out, target.b_lead))
     )
     context = work.prompt + (work.new // 2 + work.new) / 2

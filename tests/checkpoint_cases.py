@@ -86,7 +86,8 @@ def trained(
     store = Store(home)
     run = run_record()
     if not store.list_runs():
-        store.create_run(replace(run, base_model=str(base), lora_rank=rank, train_unembed="unembed" in groups))
+        flags = {"train_attn": "attn" in groups, "train_mlp": "mlp" in groups, "train_unembed": "unembed" in groups}
+        store.create_run(replace(run, base_model=str(base), lora_rank=rank, **flags))
     return store.write(RUN, kind, "a", lambda d: save_adapter(d, weights, None, META), has_optimizer=False).path
 
 
@@ -109,7 +110,7 @@ def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndar
     cfg = read_config(base)
     params = load(base)
     record = Store(home).get(path)
-    groups = [g for g in ALL if g != "unembed" or record.train_unembed]
+    groups = [group for group in ALL if getattr(record, f"train_{group}")]
     factors, _ = load_adapter(record.directory, lora.abstract(lora_targets(cfg), record.lora_rank, groups))
     factors = lora.scaled(factors, lora.scale(record.lora_rank))
     B, T = tokens.shape

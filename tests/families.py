@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import torch
 
-from tinker_jax.models.weights import lora_targets, weights
+from tinker_jax.models.weights import lora_targets
 
 
 def torch_factors(adapter):
@@ -27,14 +27,14 @@ def merged(cfg, model, factors, scale):
                 state["lm_head.weight" if not cfg.tied else "model.embed_tokens.weight"] + scale * (a @ b).T
             )
             continue
-        rows = [w for w in weights(cfg) if w.name.split(".")[0] == target.stack and (w.adapter or w.module) == target.module]
-        for number, w in enumerate(w for w in rows if w.lora):
+        for number, w in enumerate(target.weights):
             for at, layer in enumerate(w.layers):
                 if w.shares is None:
                     name = w.hf.format(layer=layer)
                     state[name] = state[name] + scale * (a[at] @ b[at]).T
                     continue
-                own = scale * (a[at] @ b[at, number] if w.shares == "a" else a[at] @ b[at])  # [E, in, out]
+                own_a, own_b = (x[at, number] if x.ndim == 5 else x[at] for x in (a, b))
+                own = scale * own_a @ own_b  # [E, in, out]
                 fused, name = w.fused, w.fused.hf.format(layer=layer)
                 whole = torch.zeros(fused.shape)
                 index = [slice(None)] * 3

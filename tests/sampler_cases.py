@@ -97,9 +97,8 @@ def adapter(seed, rank=4, groups=("attn", "mlp", "unembed"), family="qwen3"):
 
 def placed(sampler, tree):
     """An adapter where a sampler's mesh wants it."""
-    targets = lora_targets(sampler._cfg)
-    groups = {t.group for t in targets if t.module in (tree.get(t.stack, {}) if t.stack else tree)}
-    axes = lora.logical_axes(targets, sorted(groups))
+    targets = [t for t in lora_targets(sampler._cfg) if t.module in (tree.get(t.stack, {}) if t.stack else tree)]
+    axes = lora.logical_axes(targets, [group for target in targets for group in target.groups])
     mesh = sampler._runner._caches.mesh
     return jax.tree.map(lambda x, names: jax.device_put(x, sharding.named(mesh, names)), tree, axes)
 

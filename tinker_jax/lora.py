@@ -2,8 +2,10 @@
 
 `{"layers": {"q_proj": {"a": [L, D, R], "b": [L, R, out]}, …}, "lm_head": {"a": [D, R], "b": [R, V]}}`, float32, with an
 entry for each stack of layers that the model has. Experts share one of the two factors and have one of their own of the other:
-`a` [L, D, R] and `b` [L, 2, E, R, F] of gate and up, `a` [L, E, F, R] and `b` [L, R, D] of down. The model takes an adapter as
-an argument; the base weights never change.
+`a` [L, D, R] and `b` [L, 2, E, R, F] of gate and up, `a` [L, E, F, R] and `b` [L, R, D] of down. In an adapter from elsewhere
+they may share none: `a` [L, 2, E, D, R] and `b` [L, 2, E, R, F] of gate and up, `a` [L, E, F, R] and `b` [L, E, R, D] of down.
+Those modules have names of their own, so that adapters of both forms can be computed side by side. The model takes an adapter
+as an argument; the base weights never change.
 
 Programs are compiled for a few ranks only: an adapter at work is padded to the next of them with zeros, which change no result
 and which training leaves at zero; one that is stored has its own rank.
@@ -28,6 +30,9 @@ PRODUCTS = "products"
 ALPHA = 32.0
 """Tinker's constant α: an update is scaled by α / rank."""
 
+PER_EXPERT = "mlp_per_expert"
+"""Stands for the group `"mlp"` in an adapter whose experts share no factor."""
+
 Adapter = dict[str, Any]
 
 
@@ -39,7 +44,7 @@ class Target(Protocol):
     @property
     def module(self) -> str: ...
     @property
-    def group(self) -> str: ...
+    def groups(self) -> tuple[str, ...]: ...
     @property
     def fan_in(self) -> int: ...
     @property
@@ -94,7 +99,7 @@ def on_rank_axes(change: Callable[[jax.Array, int], jax.Array], tree: Mapping[st
 def _build(targets: Sequence[Target], groups: Sequence[str], make: Callable[[Target, str], Any]) -> Adapter:
     tree: Adapter = {}
     for target in targets:
-        if target.group in groups:
+        if not set(groups).isdisjoint(target.groups):
             factors = {"a": make(target, "a"), "b": make(target, "b")}
             (tree.setdefault(target.stack, {}) if target.stack else tree)[target.module] = factors
     return tree
@@ -215,9 +220,9 @@ def joined(
     return out
 
 
-def groups(*, train_attn: bool, train_mlp: bool, train_unembed: bool) -> tuple[str, ...]:
-    """Names of the trained groups from Tinker's three flags."""
-    flags = {"attn": train_attn, "mlp": train_mlp, "unembed": train_unembed}
+def groups(*, train_attn: bool, train_mlp: bool, train_unembed: bool, per_expert: bool = False) -> tuple[str, ...]:
+    """Names of the trained groups from Tinker's three flags, and from whether experts have all factors of their own."""
+    flags = {"attn": train_attn, PER_EXPERT if per_expert else "mlp": train_mlp, "unembed": train_unembed}
     return tuple(name for name, on in flags.items() if on)
 
 

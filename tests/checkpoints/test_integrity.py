@@ -177,6 +177,7 @@ def meta_with(**change):
         ({"lora_alpha": 0}, "lora_alpha: expected a finite number above 0, got 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha: expected a finite number above 0, got nan"),
         ({"meta": []}, r"meta: expected an object, got \[\]"),
+        ({"meta": {"groups": 3}}, r"meta: expected a list as its groups, got \{'groups': 3\}"),
         ({"tensors": {}}, "tensors: expected objects 'adapter' and"),
         ({"tensors": {"adapter": 3}}, "tensors: expected an object of tensors for each part"),
         ({"tensors": {"adapter": {"x": {"shape": [-1], "dtype": "float32"}}}}, "adapter tensor 'x': expected its shape and"),

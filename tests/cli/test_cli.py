@@ -14,6 +14,7 @@ import pytest
 from checkpoint_cases import RUN, run_record, trained
 
 import tinker_jax
+from tinker_jax.checkpoints.export import export_peft
 from tinker_jax.checkpoints.store import Store
 from tinker_jax.cli.main import main
 
@@ -108,6 +109,7 @@ def test_delete_removes_all_or_none(store, capsys):
         (("--home", "ftp://x", "run", "list"), "tinker-jax: storage 'ftp://x': scheme 'ftp' is not supported"),
         (("export", "peft", "tinker://a/weights/b", "out"), "tinker-jax: checkpoint 'tinker://a/weights/b' does not exist"),
         (("export", "merged", "x", "out", "--max-shard-size", "big"), "tinker-jax: max_shard_size='big' is not a size"),
+        (("import", "peft", os.sep), f"tinker-jax: {os.sep} has no adapter_config.json, so it is no PEFT adapter."),
     ],
 )
 def test_an_error_is_one_line_and_status_2(store, capsys, argv, text):
@@ -134,6 +136,14 @@ def test_export_writes_each_layout(tmp_path, checkpoint, capsys, layout, file):
     status, out, err = run(capsys, "export", layout, path, str(tmp_path / "out"), "--home", str(tmp_path / "home"), *more)
     assert (status, out, err) == (0, f"{tmp_path / 'out'}\n", "")
     assert (tmp_path / "out" / file).exists()
+
+
+def test_import_tells_the_path_of_the_checkpoint_that_it_made(tmp_path, checkpoint, capsys):
+    base, home = str(checkpoint("qwen3")), str(tmp_path / "home")
+    adapter = export_peft(trained(tmp_path / "home", Path(base)), tmp_path / "adapter", home=home)
+    capsys.readouterr()
+    status, out, err = run(capsys, "import", "peft", str(adapter), "--base-model", base, "--home", home)
+    assert (status, err) == (0, "") and Store(home).get(out.strip()).base_model == base
 
 
 def test_version_is_the_packages(capsys):

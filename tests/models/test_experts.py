@@ -12,7 +12,7 @@ import tiny
 from tinker_jax import lora, memory, sharding
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.training.pending import complete
-from tinker_jax.training.trainer import Trainer
+from tinker_jax.training.trainer import PerExpertLora, Trainer
 from tinker_jax.training.whole_model import WholeModel
 from tinker_jax.types import Datum, LoraConfig, ModelInput
 
@@ -28,10 +28,10 @@ def random_params(cfg, mesh):
     return {w.name: jax.device_put(values[w.name], sharding.named(mesh, w.full_axes)) for w in weights(cfg)}
 
 
-def train(cfg, axes):
+def train(cfg, axes, lora_config):
     mesh = sharding.make_mesh(axes)
     trainer = Trainer(cfg, random_params(cfg, mesh), mesh, memory.plan(cfg, 4, 8 << 30, mesh.shape, "cpu"))
-    state, rng = trainer.new_adapter(LoraConfig(rank=4), 0), np.random.default_rng(1)
+    state, rng = trainer.new_adapter(lora_config, 0), np.random.default_rng(1)
     stored = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), jax.device_get(state.stored()[0]))
     state = trainer.place(state.lora, stored, None)
     rows = [rng.integers(0, tiny.VOCAB, n + 1) for n in (70, 33, 1, 150, 90, 20, 64, 5)]
@@ -40,10 +40,18 @@ def train(cfg, axes):
     return logprobs, metrics, jax.device_get(lora.trim(state.grads, 4))
 
 
-@pytest.mark.parametrize("axes", [{"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}])
-def test_experts_cut_over_a_mesh_train_as_one_device_does(axes):
-    expected, metrics, gradients = train(config(), None)
-    logprobs, cut, ours = train(config(), axes)
+@pytest.mark.parametrize(
+    ("axes", "form"),
+    [
+        ({"expert": 8}, LoraConfig),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, LoraConfig),
+        ({"data": 2, "tensor": 4}, LoraConfig),
+        pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, PerExpertLora, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_cut_over_a_mesh_train_as_one_device_does(axes, form):
+    expected, metrics, gradients = train(config(), None, form(rank=4))
+    logprobs, cut, ours = train(config(), axes, form(rank=4))
     for a, b in zip(logprobs, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert cut == pytest.approx(metrics, rel=1e-5)

@@ -9,20 +9,26 @@ from families import merged, torch_factors
 
 from tinker_jax import lora, memory, sharding
 from tinker_jax.training.pending import complete
-from tinker_jax.training.trainer import Trainer
+from tinker_jax.training.trainer import PerExpertLora, Trainer
 from tinker_jax.types import Datum, LoraConfig, ModelInput
 
 LENGTHS = (70, 33, 1, 150)
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.CONFIGS if family not in tiny.DENSE])
-def test_log_probabilities_and_gradients_of_packed_rows_are_those_of_torch(family):
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        *((family, LoraConfig) for family in tiny.CONFIGS if family not in tiny.DENSE),
+        *(pytest.param(family, PerExpertLora, marks=pytest.mark.slow) for family in ("gpt_oss", "deepseek_v3")),
+    ],
+)
+def test_log_probabilities_and_gradients_of_packed_rows_are_those_of_torch(family, form):
     model = tiny.model(family)
     cfg, params = tiny.base_params(family, model)
     mesh = sharding.make_mesh()
     plan = memory.plan(cfg, 4, 8 << 30, mesh.shape, "cpu")
     trainer = Trainer(cfg, jax.device_put(params), mesh, plan)
-    state, rng = trainer.new_adapter(LoraConfig(rank=3), 0), np.random.default_rng(1)
+    state, rng = trainer.new_adapter(form(rank=3), 0), np.random.default_rng(1)
     stored = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), state.stored()[0])
     state = trainer.place(state.lora, stored, None)
 

@@ -10,7 +10,7 @@ import torch
 from families import merged
 from sampler_cases import adapter, ask, check, device_alone, finish, make, model, placed, submit, tokens_of
 
-from tinker_jax import memory
+from tinker_jax import lora, memory
 from tinker_jax.models.decoder import in_order
 
 FAMILIES = [family for family in tiny.FAMILIES if family not in tiny.DENSE]
@@ -28,17 +28,22 @@ class Merged:
         return torch.func.functional_call(self._model, self._state, (ids,), tie_weights=False)
 
 
+def tree_of(family, seed):
+    """Experts share factors in the first adapter, and none in the second."""
+    return adapter(seed, rank=3, groups=("attn", "mlp" if seed == 1 else lora.PER_EXPERT, "unembed"), family=family)
+
+
 @cache
 def reference(family, seed):
-    return model(family)[0] if seed is None else Merged(family, adapter(seed, rank=3, family=family))
+    return model(family)[0] if seed is None else Merged(family, tree_of(family, seed))
 
 
 def check_side_by_side(sampler, family, atol=1e-4):
-    """Two adapters and the base model in one batch, prompts of several chunks and pages among them."""
+    """Adapters of both forms and the base model in one batch, prompts of several chunks and pages among them."""
     asks = [(seed, tokens_of(n)) for seed in (None, 1, 2) for n in (5, 130)]
     futures = []
     for seed, prompt in asks:
-        tree = None if seed is None else placed(sampler, adapter(seed, rank=3, family=family))
+        tree = None if seed is None else placed(sampler, tree_of(family, seed))
         request = ask(prompt, max_tokens=6, seed=1, stop=[], prompt_logprobs=True)
         futures.append(submit(sampler, request, "base" if seed is None else seed, tree))
     for (seed, prompt), response in zip(asks, finish(sampler, *futures), strict=True):

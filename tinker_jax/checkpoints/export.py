@@ -30,7 +30,7 @@ from tinker_jax.checkpoints.store import Store
 from tinker_jax.checkpoints.stored import StoredTensor, quantization, stored_tensors
 from tinker_jax.models.config import ModelConfig
 from tinker_jax.models.registry import parse
-from tinker_jax.models.weights import Weight, lora_targets, weights
+from tinker_jax.models.weights import LoraTarget, Weight, lora_targets, weights
 from tinker_jax.types.errors import (
     BadRequestError,
     ConflictError,
@@ -102,7 +102,8 @@ def export_peft(
     Experts are written in the form that PEFT and vLLM both read. Where the family's files name each expert (Qwen3-MoE,
     DeepSeek-V3), each has its own pair of matrices, which PEFT turns into its form for fused experts when it loads them. Where
     they do not (gpt-oss), a layer's experts lie side by side along the rank: A [experts · r, in], experts slowest, and
-    B [out, r · experts], experts fastest. In either form factors that experts share are repeated for each.
+    B [out, r · experts], experts fastest. In either form factors that experts share are repeated for each. Gate and up are one
+    tensor there, with one A: where they have an A each, that tensor has the rank 2 r.
 
     Load it with `peft.PeftModel.from_pretrained(model, directory)`. The files name the base model by its hub id or embedded
     name; one from a local directory by the hub id that its config.json tells, else by the directory's own name.
@@ -127,9 +128,9 @@ def export_peft(
     """
     checkpoint = _open(path, home, base_model)
     modules = [update.module for update in checkpoint.updates if not _is_packed(update.weight)]
-    parameters = _peft_parameters(checkpoint.updates)
+    parameters, apart = _peft_parameters(checkpoint.updates), _apart(checkpoint.updates)
     with _new_directory(directory) as target:
-        _write_adapter(target, checkpoint, _peft_tensors(checkpoint.updates), modules, parameters)
+        _write_adapter(target, checkpoint, _peft_tensors(checkpoint.updates, apart), modules, parameters, apart)
     return Path(directory)
 
 
@@ -253,7 +254,7 @@ def _open(path: str, home: str | os.PathLike[str] | None, base_model: str | None
         if not target.stacked:
             updates.append(_Update(target.weights[0], factors["a"].T, factors["b"].T))
         for at in range(target.stacked):
-            updates += _updates_of_layer(target.weights, at, factors["a"][at], factors["b"][at])
+            updates += _updates_of_layer(target, at, factors["a"][at], factors["b"][at])
     if adapter:
         raise UnprocessableEntityError(
             f"adapter tensor {min(adapter)!r} of {path} has no place in base model {base!r}. "
@@ -262,10 +263,10 @@ def _open(path: str, home: str | os.PathLike[str] | None, base_model: str | None
     return _Checkpoint(record, store.home, base, directory, config, cfg, read_meta(record.directory)["lora_alpha"], updates)
 
 
-def _updates_of_layer(rows: Sequence[Weight], at: int, a: np.ndarray, b: np.ndarray) -> Iterator[_Update]:
+def _updates_of_layer(target: LoraTarget, at: int, a: np.ndarray, b: np.ndarray) -> Iterator[_Update]:
     """The updates that a target's factors make in one of its layers, the `at`-th."""
-    for number, row in enumerate(rows):
-        A, B = {None: (a, b), "a": (a[None], b[number]), "b": (a, b[None])}[row.shares]
+    for number, row in enumerate(target.weights):
+        A, B = target.of_weight(number, a, b)
         yield _Update(row.of_layer(row.layers[at]), A.swapaxes(-1, -2), B.swapaxes(-1, -2))
 
 
@@ -285,7 +286,19 @@ def _peft_parameters(updates: Sequence[_Update]) -> list[str]:
     return [update.weight.hf.split(".", 3)[3] for update in updates if is_wanted(update)]
 
 
-def _peft_tensors(updates: Sequence[_Update]) -> list[_Tensor]:
+def _apart(updates: Sequence[_Update]) -> list[str]:
+    """Names of packed parameters whose weights, gate and up, have an A each, each in its own part of the rank."""
+    first: dict[str, np.ndarray] = {}
+    packed = [update for update in updates if _is_packed(update.weight)]
+    names = [
+        update.module.rpartition(".")[2]
+        for update in packed
+        if not np.array_equal(first.setdefault(update.module, update.A), update.A)
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _peft_tensors(updates: Sequence[_Update], apart: Sequence[str]) -> list[_Tensor]:
     tensors: list[_Tensor] = []
     packed: dict[str, dict[str, list[_Update]]] = {}
     for update in updates:
@@ -300,8 +313,8 @@ def _peft_tensors(updates: Sequence[_Update]) -> list[_Tensor]:
             tensors += _pair(name, update.A, update.B)
     for module, parameters in packed.items():
         # PEFT wraps a module once for each of its parameters, the first innermost.
-        for depth, own in enumerate(reversed(parameters.values())):
-            tensors += _packed_pair(module + ".base_layer" * depth, own)
+        for depth, (name, own) in enumerate(reversed(parameters.items())):
+            tensors += _packed_pair(module + ".base_layer" * depth, own, name.rpartition(".")[2] in apart)
     return tensors
 
 
@@ -309,25 +322,27 @@ def _pair(name: str, A: np.ndarray, B: np.ndarray) -> tuple[_Tensor, _Tensor]:
     return _Tensor(f"{name}.lora_A.weight", A.shape, lambda: A), _Tensor(f"{name}.lora_B.weight", B.shape, lambda: B)
 
 
-def _packed_pair(name: str, updates: Sequence[_Update]) -> tuple[_Tensor, _Tensor]:
-    """The factors of one parameter that holds all experts, and gate and up, which share `A`."""
-    weight, A = updates[0].weight, updates[0].A
+def _packed_pair(name: str, updates: Sequence[_Update], apart: bool) -> tuple[_Tensor, _Tensor]:
+    """The factors of one parameter that holds all experts, and gate and up: on one `A`, or `apart`, each on its own."""
+    weight, own_A = updates[0].weight, [update.A for update in (updates if apart else updates[:1])]
     assert weight.fused is not None
-    E, (r, fan_in), fan_out = weight.experts, A.shape[-2:], weight.fused.shape[1 + weight.fused.axis]
+    E, (r, fan_in), fan_out = weight.experts, own_A[0].shape[-2:], weight.fused.shape[1 + weight.fused.axis]
+    width = r * len(own_A)
 
     def packed_A() -> np.ndarray:
-        return np.broadcast_to(A, (E, r, fan_in)).reshape(E * r, fan_in)
+        return np.concatenate([np.broadcast_to(A, (E, r, fan_in)) for A in own_A], axis=1).reshape(E * width, fan_in)
 
     def packed_B() -> np.ndarray:
-        whole = np.empty((fan_out, r, E), np.float32)
-        for update in updates:
+        whole = np.zeros((fan_out, width, E), np.float32)
+        for number, update in enumerate(updates):
             assert update.weight.fused is not None
-            whole[update.weight.fused.span(update.weight.shape[1])] = update.B.transpose(1, 2, 0)
-        return whole.reshape(fan_out, r * E)
+            part = slice(r * number, r * (number + 1)) if apart else slice(None)
+            whole[update.weight.fused.span(update.weight.shape[1]), part] = update.B.transpose(1, 2, 0)
+        return whole.reshape(fan_out, width * E)
 
     return (
-        _Tensor(f"{name}.lora_A.weight", (E * r, fan_in), packed_A),
-        _Tensor(f"{name}.lora_B.weight", (fan_out, r * E), packed_B),
+        _Tensor(f"{name}.lora_A.weight", (E * width, fan_in), packed_A),
+        _Tensor(f"{name}.lora_B.weight", (fan_out, width * E), packed_B),
     )
 
 
@@ -346,9 +361,15 @@ def _tinker_tensors(checkpoint: _Checkpoint) -> list[_Tensor]:
 
 
 def _write_adapter(
-    directory: Path, checkpoint: _Checkpoint, tensors: Sequence[_Tensor], modules: Iterable[str], parameters: Sequence[str] = ()
+    directory: Path,
+    checkpoint: _Checkpoint,
+    tensors: Sequence[_Tensor],
+    modules: Iterable[str],
+    parameters: Sequence[str] = (),
+    apart: Sequence[str] = (),
 ) -> None:
-    """Writes tensors and configuration; `modules` and `parameters` are those that have factors, as paths."""
+    """Writes tensors and configuration; `modules` and `parameters` are those that have factors, as paths, `apart` names of
+    parameters of twice the rank."""
     plans = [tensor_files.plan(tensor.name, np.float32, tensor.shape) for tensor in tensors]
     tensor_files.write(directory / "adapter_model.safetensors", plans, (tensor.make() for tensor in tensors))
     config = {
@@ -366,6 +387,8 @@ def _write_adapter(
     }
     if parameters:
         config["target_parameters"] = list(dict.fromkeys(parameters))
+    for key, value in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")) if apart else ():
+        config[key] = {rf".*\.{name}": 2 * config[value] for name in apart}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -176,7 +176,10 @@ def _check_description(file: epath.Path, description: Mapping[str, Any]) -> None
     alpha, tensors = description.get("lora_alpha"), description.get("tensors")
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < math.inf
     need("lora_alpha", "a finite number above 0", is_number)
-    need("meta", "an object", isinstance(description.get("meta"), dict))
+    meta = description.get("meta")
+    need("meta", "an object", isinstance(meta, dict))
+    assert isinstance(meta, dict)
+    need("meta", "a list as its groups", isinstance(meta.get("groups", []), list))
     need("tensors", "objects 'adapter' and, perhaps, 'optimizer'", isinstance(tensors, dict) and "adapter" in tensors)
     assert isinstance(tensors, dict)
     for part, specs in tensors.items():

@@ -1,4 +1,4 @@
-"""`tinker-jax`: look after checkpoints and export them.
+"""`tinker-jax`: look after checkpoints, export and import them.
 
 Results go to stdout; an error is one line on stderr and exit status 2. Listing needs no jax, so it is quick.
 """
@@ -21,7 +21,9 @@ from tinker_jax.checkpoints.records import CheckpointRecord
 from tinker_jax.checkpoints.store import Store
 from tinker_jax.types.errors import TinkerError
 
-_DESCRIPTION = "Look after the checkpoints of tinker_jax, and export them. An error is one line on stderr and exit status 2."
+_DESCRIPTION = (
+    "Look after the checkpoints of tinker_jax, export and import them. An error is one line on stderr and exit status 2."
+)
 _FAILED = 2
 _INTERRUPTED = 130
 
@@ -76,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file, like 500MB (default: 5GB)")
             made.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base model is stored)")
 
+    made = command(group("import", "make a checkpoint of what another tool wrote"), "peft", _import_peft, "a PEFT adapter")
+    made.add_argument("directory", metavar="DIR", help="with adapter_config.json and adapter_model.safetensors")
+    made.add_argument("--base-model", metavar="MODEL", help="where the base model is, if not where the adapter says")
+
     checkpoint = group("checkpoint", "list and manage checkpoints")
     made = command(checkpoint, "list", _checkpoint_list, "list checkpoints, newest first")
     made.add_argument("--run-id", metavar="ID", help="of this run only")
@@ -115,6 +121,13 @@ def _export(args: argparse.Namespace) -> None:
     else:
         made = {"peft": export_peft, "tinker": export_tinker}[args.layout](args.path, args.directory, **common)
     print(made)
+
+
+def _import_peft(args: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as for an export
+    from tinker_jax.checkpoints import import_peft
+
+    print(import_peft(args.directory, home=args.home, base_model=args.base_model))
 
 
 def _checkpoint_list(args: argparse.Namespace) -> None:

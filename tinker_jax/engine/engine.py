@@ -30,7 +30,7 @@ from tinker_jax import lora as lora_lib
 from tinker_jax import memory, sharding
 from tinker_jax.checkpoints.hf_import import load_base
 from tinker_jax.checkpoints.hub import canonical, resolve, verify_download
-from tinker_jax.checkpoints.state import MismatchError, load_adapter, save_adapter
+from tinker_jax.checkpoints.state import MismatchError, load_adapter, read_meta, save_adapter
 from tinker_jax.checkpoints.store import CheckpointRecord, Store
 from tinker_jax.engine.config import EngineConfig
 from tinker_jax.engine.ledger import LEDGER, gib
@@ -41,7 +41,7 @@ from tinker_jax.programs import end_compilers, keep_compiled
 from tinker_jax.sampling.sampler import Sampler
 from tinker_jax.sampling.sequence import Score
 from tinker_jax.training.pending import Pending, complete
-from tinker_jax.training.trainer import AdapterState, Trainer, groups, hyperparameters
+from tinker_jax.training.trainer import AdapterState, PerExpertLora, Trainer, groups, hyperparameters
 from tinker_jax.training.validate import check_data
 from tinker_jax.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput, OptimStepResponse, TensorData
 from tinker_jax.types.errors import BadRequestError, NotFoundError, StateError, UnprocessableEntityError
@@ -709,7 +709,8 @@ class Engine:
 
 
 def _lora_of(record: CheckpointRecord) -> LoraConfig:
-    return LoraConfig(
+    is_per_expert = lora_lib.PER_EXPERT in read_meta(record.directory)["meta"].get("groups", ())
+    return (PerExpertLora if is_per_expert else LoraConfig)(
         rank=record.lora_rank, train_mlp=record.train_mlp, train_attn=record.train_attn, train_unembed=record.train_unembed
     )
 

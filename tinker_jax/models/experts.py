@@ -37,6 +37,10 @@ _OF_EXPERTS_AXES: Mapping[str, tuple[str | None, ...]] = {
     "up_experts.bias": ("experts", "mlp"),
     "gate_up_experts.b": (None, "experts", None, "mlp"),
     "down_experts.a": ("experts", "mlp", None),
+    "gate_up_per_expert.a": (None, "experts", None, None),
+    "gate_up_per_expert.b": (None, "experts", None, "mlp"),
+    "down_per_expert.a": ("experts", "mlp", None),
+    "down_per_expert.b": ("experts", None, None),
 }
 
 
@@ -87,7 +91,8 @@ class Experts:
     weight is multiplied into what `down` reads, which is narrower than what it writes.
 
     An adapter (Tinker's parametrisation) has one first factor for gate and up of all experts, one second factor for down of all
-    experts, and for each expert the others: its wide products are plain ones, and no expert's update is ever built.
+    experts, and for each expert the others: its wide products are plain ones, and no expert's update is ever built. One from
+    elsewhere may have both factors of each expert, as modules of other names; tokens can be under adapters of either form.
 
     Attributes:
         D, F, E: width of the model, feed-forward width of an expert, experts.
@@ -159,7 +164,10 @@ class Experts:
         own = {name: x for name, x in params.items() if name in _OF_EXPERTS_AXES}
         own |= {} if gate_up is None else {"gate_up_experts.b": gate_up["b"]}
         own |= {} if down is None else {"down_experts.a": down["a"]}
-        out_MD, z_down_MR = self._on_mesh(tokens, own, x_MD, weights_MK, ids_MK, z_MR)
+        per_expert = [name for name in ("gate_up_per_expert", "down_per_expert") if name in lora]
+        own |= {f"{name}.{factor}": x for name in per_expert for factor, x in lora[name].items()}
+        slots_MR = tokens.slots_MR if per_expert else None
+        out_MD, z_down_MR = self._on_mesh(tokens, own, x_MD, weights_MK, ids_MK, z_MR, slots_MR)
         if down is not None:
             out_MD = out_MD + _masked(z_down_MR, tokens.slots_MR) @ down["b"].astype(x_MD.dtype)
         if self.biases:
@@ -179,22 +187,22 @@ class Experts:
             own, logits_ME
         )
 
-    def _on_mesh(self, tokens, own, x_MD, weights_MK, ids_MK, z_MR):
+    def _on_mesh(self, tokens, own, x_MD, weights_MK, ids_MK, z_MR, slots_MR):
         """`_routed` of all devices: a token goes to every device that shares its experts with others, and what they make of it
         is summed. With several experts a token most devices have one of them, so that sending it only there would save little.
         """
         mesh = tokens.mesh
         run = functools.partial(self._routed, mesh, tokens.kept)
         if mesh is None or mesh.size == 1:
-            return run(own, x_MD, weights_MK, ids_MK, z_MR)
+            return run(own, x_MD, weights_MK, ids_MK, z_MR, slots_MR)
 
         def on_each_device(own, *tokens):
             if mesh.shape["expert"] > 1:
                 tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, "expert", tiled=True), tokens)
-            x_MD, weights_MK, ids_MK, z_MR = tokens
+            x_MD, weights_MK, ids_MK, *of_adapters = tokens
             here = self.E // mesh.shape["expert"]
             ids_MK = ids_MK - here * jax.lax.axis_index("expert")
-            out = run(own, x_MD, weights_MK, jnp.where((ids_MK >= 0) & (ids_MK < here), ids_MK, here), z_MR)
+            out = run(own, x_MD, weights_MK, jnp.where((ids_MK >= 0) & (ids_MK < here), ids_MK, here), *of_adapters)
             if mesh.shape["tensor"] > 1:
                 out = jax.tree.map(lambda x: jax.lax.psum(x, "tensor"), out)
             if mesh.shape["expert"] > 1:
@@ -205,17 +213,16 @@ class Experts:
         specs = {name: P(*(RULES[axis] if axis else None for axis in _OF_EXPERTS_AXES[name])) for name in own}
         out = rows, rows if "down_experts.a" in own else None
         each = jax.shard_map(
-            on_each_device, mesh=mesh, in_specs=(specs, rows, rows, rows, rows), out_specs=out, check_vma=False
+            on_each_device, mesh=mesh, in_specs=(specs, rows, rows, rows, rows, rows), out_specs=out, check_vma=False
         )
-        return each(own, x_MD, weights_MK, ids_MK, z_MR)
+        return each(own, x_MD, weights_MK, ids_MK, z_MR, slots_MR)
 
-    def _routed(self, mesh, one_size, own, x_MD, weights_MK, ids_MK, z_MR):
-        """What the chosen experts of a device make [M, D], and what their `a` of down make [M, R]."""
+    def _routed(self, mesh, one_size, own, x_MD, weights_MK, ids_MK, z_MR, slots_MR):
+        """What the chosen experts of a device make [M, D], and what the `a` of down that goes with a shared `b` make [M, R]."""
         E, (M, K), dtype = own["gate_experts.kernel"].shape[0], ids_MK.shape, x_MD.dtype
         dispatch = by_expert(ids_MK, E)
         own = {name: x.astype(dtype) if name.endswith("kernel") else x for name, x in own.items()}
-        if "gate_up_experts.b" in own:
-            own["gate_up_experts.b"] = tuple(own["gate_up_experts.b"])
+        own |= {name: tuple(x) for name, x in own.items() if name.startswith("gate_up_")}
 
         def sorted_rows(x_MK: jax.Array) -> jax.Array:
             return jnp.zeros(M * K, x_MK.dtype).at[dispatch.place_MK.reshape(-1)].set(x_MK.reshape(-1), mode="drop")
@@ -229,7 +236,7 @@ class Experts:
                 functools.partial(self._down, _product_of_block),
                 trained,
                 frozen,
-                (x_MD, z_MR),
+                (x_MD, z_MR, slots_MR),
                 weights_S,
                 dispatch,
                 one_size=one_size,
@@ -241,14 +248,14 @@ class Experts:
             return grouped_matmul(x_SD, w, dispatch.sizes_E, transposed=frozen, frozen=frozen, mesh=mesh)
 
         expert_S = sorted_rows(ids_MK)
-        rows = spread(x_MD, dispatch), None if z_MR is None else spread(z_MR, dispatch)
+        rows = [None if x is None else spread(x, dispatch) for x in (x_MD, z_MR, slots_MR)]
         hidden = checkpoint_name(self._hidden(product, lambda bias_EF: bias_EF[expert_S], own, rows), PRODUCTS)
         made, ones_MK = self._down(product, own, hidden, weights_S[:, None]), jnp.ones_like(weights_MK)
         return jax.tree.map(lambda y_S: combine(y_S, ones_MK, dispatch.place_MK), made)
 
     def _hidden(self, product, bias, own, rows):
-        """Gate and up before the activation, of rows of x and of z."""
-        x_SD, z_SR = rows
+        """Gate and up before the activation, of rows of x and of z, and the rows' slots, which `_down` needs."""
+        x_SD, z_SR, slots_SR = rows
         hidden = []
         for i, name in enumerate(("gate", "up")):
             y_SF = product(x_SD, own[f"{name}_experts.kernel"], True)
@@ -256,13 +263,20 @@ class Experts:
                 y_SF = y_SF + bias(own[f"{name}_experts.bias"])
             if z_SR is not None:
                 y_SF = y_SF + product(z_SR, own["gate_up_experts.b"][i], False)
+            if "gate_up_per_expert.a" in own:
+                z_own_SR = _masked(product(x_SD, own["gate_up_per_expert.a"][i], False), slots_SR)
+                y_SF = y_SF + product(z_own_SR, own["gate_up_per_expert.b"][i], False)
             hidden.append(y_SF)
-        return hidden
+        return *hidden, slots_SR
 
     def _down(self, product, own, hidden, weights_S1):
         """What rows of gate and up become: of the model's width, and what the adapter's `a` makes of them."""
-        h_SF = self.act(*hidden) * weights_S1.astype(hidden[0].dtype)
+        gate_SF, up_SF, slots_SR = hidden
+        h_SF = self.act(gate_SF, up_SF) * weights_S1.astype(gate_SF.dtype)
         made = product(h_SF, own["down_experts.kernel"], True)
+        if "down_per_expert.a" in own:
+            z_SR = _masked(product(h_SF, own["down_per_expert.a"], False), slots_SR)
+            made = made + product(z_SR, own["down_per_expert.b"], False)
         return made, product(h_SF, own["down_experts.a"], False) if "down_experts.a" in own else None
 
     def sizes(self, mesh: Mapping[str, int]) -> Sizes:

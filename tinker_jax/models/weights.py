@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from tinker_jax.lora import PER_EXPERT
 from tinker_jax.models.config import ModelConfig
 
 LoraGroup = Literal["attn", "mlp", "unembed"]
@@ -149,7 +150,7 @@ class LoraTarget:
     Attributes:
         stack: of the layers it belongs to, e.g. `"layers"`; empty outside of them.
         module: its name there, e.g. `"q_proj"`.
-        group: that trains it.
+        groups: each of which trains it.
         fan_in, fan_out: D_in and D_out.
         axes: logical axes of the two.
         stacked: layers on the leading axis of both factors, 0 where there is none.
@@ -159,7 +160,7 @@ class LoraTarget:
 
     stack: str
     module: str
-    group: LoraGroup
+    groups: tuple[str, ...]
     fan_in: int
     fan_out: int
     axes: tuple[str | None, str | None]
@@ -168,25 +169,42 @@ class LoraTarget:
     a_lead: tuple[tuple[int, str | None], ...] = ()
     b_lead: tuple[tuple[int, str | None], ...] = ()
 
+    def of_weight(self, number: int, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Views of what updates one of its weights, out of a layer's factors; of experts with an axis in front, whose length is
+        1 where all experts share the factor."""
+
+        def own(factor: np.ndarray, lead: tuple[tuple[int, str | None], ...]) -> np.ndarray:
+            if len(lead) == 2:
+                return factor[number]
+            return factor[None] if self.weights[number].experts and not lead else factor
+
+        return own(a, self.a_lead), own(b, self.b_lead)
+
 
 def lora_targets(cfg: ModelConfig) -> tuple[LoraTarget, ...]:
     """Linears with a LoRA group; the unembedding is one even when it shares the embedding's matrix.
 
-    Experts have one factor for all of them and one of their own each: those that read the model's width share `a`, those that
-    write it share `b`, so that the wide product of the adapter is a plain one.
+    Experts are there twice. In the group `"mlp"` they have one factor for all of them and one of their own each: those that
+    read the model's width share `a`, those that write it share `b`, so that the wide product of the adapter is a plain one. In
+    the group `tinker_jax.lora.PER_EXPERT` they share none.
     """
     rows: dict[tuple[str, str], list[Weight]] = {}
     for w in weights(cfg):
         if w.lora in ("attn", "mlp"):
             rows.setdefault((w.name.split(".")[0], w.adapter or w.module), []).append(w)
-    targets = []
+    targets, per_expert = [], []
     for (stack, module), own in rows.items():
         w = own[0]
         assert w.lora is not None
         (fan_out, fan_in), (out_axis, in_axis) = w.shape[-2:], w.axes[-2:]
-        of_expert = ((w.experts, "experts"),)
-        a_lead, b_lead = {None: ((), ()), "a": ((), ((len(own), None), *of_expert)), "b": (of_expert, ())}[w.shares]
-        axes = (in_axis, out_axis)
-        targets.append(LoraTarget(stack, module, w.lora, fan_in, fan_out, axes, w.stacked, tuple(own), a_lead, b_lead))
-    targets.append(LoraTarget("", "lm_head", "unembed", cfg.D, cfg.V, ("embed", "vocab"), 0, (_head(cfg),)))
-    return tuple(targets)
+        sizes = fan_in, fan_out, (in_axis, out_axis), w.stacked, tuple(own)
+        if w.shares is None:
+            groups = ("mlp", PER_EXPERT) if w.lora == "mlp" else (w.lora,)
+            targets.append(LoraTarget(stack, module, groups, *sizes))
+            continue
+        each = (*(((len(own), None),) if len(own) > 1 else ()), (w.experts, "experts"))
+        leads = ((), each) if w.shares == "a" else (each, ())
+        targets.append(LoraTarget(stack, module, ("mlp",), *sizes, *leads))
+        per_expert.append(LoraTarget(stack, module.replace("experts", "per_expert"), (PER_EXPERT,), *sizes, each, each))
+    targets.append(LoraTarget("", "lm_head", ("unembed",), cfg.D, cfg.V, ("embed", "vocab"), 0, (_head(cfg),)))
+    return (*targets, *per_expert)  # these last: a fresh adapter's numbers depend on the places of the others

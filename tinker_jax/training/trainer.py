@@ -31,11 +31,12 @@ from tinker_jax.training.objective import Call, adapter_shape
 from tinker_jax.training.packing import bucket, pack, pack_apart, unpack
 from tinker_jax.training.pending import Pending, Retracted
 from tinker_jax.training.whole_model import WholeModel
+from tinker_jax.types import LoraConfig
 from tinker_jax.types.errors import BadRequestError, UnprocessableEntityError
 from tinker_jax.types.loss_specs import LOSS_SPECS
 
 if TYPE_CHECKING:
-    from tinker_jax.types import AdamParams, Datum, LoraConfig
+    from tinker_jax.types import AdamParams, Datum
 
 logger = logging.getLogger("tinker_jax")
 
@@ -68,9 +69,15 @@ class AdapterState:
         return put_back
 
 
+@dataclass(frozen=True)
+class PerExpertLora(LoraConfig):
+    """Of an adapter whose experts share no factor: an imported one may be such, a new one never is."""
+
+
 def groups(lora: LoraConfig) -> tuple[str, ...]:
     """Trained groups of a LoRA configuration."""
-    return lora_lib.groups(train_attn=lora.train_attn, train_mlp=lora.train_mlp, train_unembed=lora.train_unembed)
+    flags = {name: getattr(lora, name) for name in ("train_attn", "train_mlp", "train_unembed")}
+    return lora_lib.groups(**flags, per_expert=isinstance(lora, PerExpertLora))
 
 
 class Trainer:
