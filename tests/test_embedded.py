@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -159,8 +160,8 @@ def test_experts_compute_in_pretraining_what_they_compute_afterwards_and_all_lea
     experts, trainable = (c.groups[0][0].block.mlp for c in (cfg, train_embedded.trainable(cfg)))
     rng = np.random.default_rng(0)
     own = {w.name: rng.normal(0, w.shape[-1] ** -0.5, w.shape).astype(np.float32) for w in experts.weights()}
-    x_MD = rng.normal(size=(48, cfg.D)).astype(np.float32)
-    tokens = SimpleNamespace(real_M=np.arange(48) < 40, mesh=None, slots_MR=None)
+    x_MD = jnp.asarray(rng.normal(size=(48, cfg.D)), jnp.float32)
+    tokens = SimpleNamespace(real_M=np.arange(48) < 40, mesh=None, slots_MR=None, kept=False)
     want_MD, load = experts(own, x_MD, tokens, {})
     got_MD, _ = trainable(own, x_MD, tokens, {})
     np.testing.assert_allclose(got_MD[:40], want_MD[:40], atol=1e-4)

