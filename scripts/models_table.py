@@ -55,7 +55,7 @@ def records(file: Path) -> list[Record]:
 
 
 def rounded_up(value: float) -> str:
-    """To one digit: 0.00234 → "3e-03"."""
+    """To one digit: 0.00234 → "3e-3"."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(value))
@@ -64,7 +64,8 @@ def rounded_up(value: float) -> str:
 
 
 def largest(values: Sequence[str]) -> str:
-    return f"≤ {rounded_up(max(map(float, values)))} ({len(values)})"
+    most = max(map(float, values))
+    return f"{'≤ ' if most else ''}{rounded_up(most)} ({len(values)})"
 
 
 def at_least(values: Sequence[str]) -> str:
