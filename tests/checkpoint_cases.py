@@ -105,6 +105,13 @@ def quantised_case(encoding: str, directory: Path) -> tuple[Path, Path]:
     return quantised.save(tiny.save(family, directory / "source", **widths), encoding, directory)
 
 
+def fuse(family: str, directory: Path) -> Path:
+    """A checkpoint whose files have the experts of a layer in one tensor."""
+    tiny.save(family, directory)
+    tiny.model(family).save_pretrained(directory, save_original_format=False)
+    return directory
+
+
 def our_logits(home: Path, path: str, base: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] of `tokens` [B, T], by our model with the checkpoint's adapter."""
     cfg = read_config(base)

@@ -1,12 +1,35 @@
-"""The adapters of any family in torch: every target's update merged into the weight, as a function of its factors."""
+"""What the tests of every family share: which configurations run, and adapters in torch.
+
+Figures for docs/models.md are recorded with `record_property`: "family", and what `scripts/models_table.py` reads.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import jax
 import numpy as np
+import pytest
+import tiny
 import torch
+import transformers
 
 from tinker_jax.models.weights import lora_targets
+
+# Three configurations of each family; one runs by default, and Kimi-K2 is DeepSeek-V3 to our code.
+EVERY = [
+    pytest.param(name, marks=[] if name in tiny.FAMILIES and name != "kimi_k2" else pytest.mark.slow) for name in tiny.CONFIGS
+]
+
+
+def pretrained(directory: Path, dtype=torch.float32):
+    """A checkpoint as transformers loads it, by the class that it names: of `kimi_k2` transformers knows the class alone."""
+    config = json.loads((directory / "config.json").read_text())
+    (name,) = config["architectures"]
+    model = getattr(transformers, name)
+    config = model.config_class.from_dict(config | {"model_type": model.config_class.model_type})
+    return model.from_pretrained(directory, config=config, dtype=dtype, experts_implementation="eager")
 
 
 def torch_factors(adapter):

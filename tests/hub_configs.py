@@ -1,5 +1,51 @@
-"""config.json of the hub's models of experts, and how many parameters they have."""
+"""config.json of the hub's models, and how many parameters they have."""
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "sliding_window": 131072,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
 QWEN3_MOE = {
     "model_type": "qwen3_moe",
     "hidden_act": "silu",
@@ -105,27 +151,35 @@ KIMI_K2 = DEEPSEEK_V3 | {
     "rope_theta": 50000.0,
     "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0},
 }
+
+
+def sizes(D, F, L, N):
+    """Letters as in CONTRIBUTING.md."""
+    return {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": N}
+
+
+TIED, LLAMA_32 = {"tie_word_embeddings": True}, {"rope_scaling": LLAMA["rope_scaling"] | {"factor": 32.0}}
 HUB = {
+    "meta-llama/Llama-3.2-1B": (LLAMA | LLAMA_32 | TIED | sizes(2048, 8192, 16, 32) | {"head_dim": 64}, 1.24e9),
+    "meta-llama/Llama-3.2-3B": (LLAMA | LLAMA_32 | TIED | sizes(3072, 8192, 28, 24) | {"head_dim": 128}, 3.21e9),
+    "meta-llama/Llama-3.1-8B": (LLAMA | sizes(4096, 14336, 32, 32), 8.03e9),
+    "meta-llama/Llama-3.3-70B-Instruct": (LLAMA | sizes(8192, 28672, 80, 64), 70.6e9),
+    "Qwen/Qwen2.5-0.5B": (QWEN2 | TIED | sizes(896, 4864, 24, 14) | {"num_key_value_heads": 2, "vocab_size": 151936}, 0.494e9),
+    "Qwen/Qwen2.5-7B": (QWEN2 | sizes(3584, 18944, 28, 28) | {"num_key_value_heads": 4}, 7.62e9),
+    "Qwen/Qwen2.5-72B": (QWEN2 | sizes(8192, 29568, 80, 64) | {"num_key_value_heads": 8}, 72.7e9),
+    "Qwen/Qwen3-0.6B": (QWEN3 | TIED | sizes(1024, 3072, 28, 16), 0.596e9),
+    "Qwen/Qwen3-4B-Instruct-2507": (
+        QWEN3 | TIED | sizes(2560, 9728, 36, 32) | {"max_position_embeddings": 262144, "rope_theta": 5_000_000},
+        4.02e9,
+    ),
+    "Qwen/Qwen3-8B": (QWEN3 | sizes(4096, 12288, 36, 32), 8.19e9),
+    "Qwen/Qwen3-32B": (QWEN3 | sizes(5120, 25600, 64, 64), 32.8e9),
     "Qwen/Qwen3-30B-A3B": (
-        QWEN3_MOE
-        | {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-        },
+        QWEN3_MOE | sizes(2048, 6144, 48, 32) | {"moe_intermediate_size": 768},
         30.5e9,
     ),
     "Qwen/Qwen3-235B-A22B": (
-        QWEN3_MOE
-        | {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "moe_intermediate_size": 1536,
-            "num_hidden_layers": 94,
-            "num_attention_heads": 64,
-        },
+        QWEN3_MOE | sizes(4096, 12288, 94, 64) | {"moe_intermediate_size": 1536},
         235e9,
     ),
     "openai/gpt-oss-20b": (GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32}, 20.9e9),

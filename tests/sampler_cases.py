@@ -176,17 +176,26 @@ def reference_logits(reference, tokens):
 
 
 def check(reference, prompt, response, temperature=1.0, atol=1e-5):
-    """Log-probabilities of drawn tokens, at the temperature, and of the prompt, at 1, are those of the model."""
+    """Log-probabilities of drawn tokens, at the temperature, and of the prompt, at 1, are those of the model.
+
+    Returns the largest difference.
+    """
+    gaps = []
+
+    def compare(ours, theirs):
+        np.testing.assert_allclose(ours, theirs, atol=atol)
+        gaps.append(np.abs(ours - theirs).max(initial=0.0))
+
     for sequence in response.sequences:
         logits = reference_logits(reference, [*prompt, *sequence.tokens[:-1]])
         expected = torch.log_softmax(logits[len(prompt) - 1 :] / temperature, -1).numpy()
-        drawn = expected[np.arange(len(sequence.tokens)), sequence.tokens]
-        np.testing.assert_allclose(sequence.logprobs_np, drawn, atol=atol)
+        compare(sequence.logprobs_np, expected[np.arange(len(sequence.tokens)), sequence.tokens])
     if response.prompt_logprobs_np is not None:
         n = len(prompt) - 1
         expected = torch.log_softmax(logits[:n], -1).numpy()[np.arange(n), prompt[1:]]
         scored = ~np.isnan(response.prompt_logprobs_np[1:])
-        np.testing.assert_allclose(response.prompt_logprobs_np[1:][scored], expected[scored], atol=atol)
+        compare(response.prompt_logprobs_np[1:][scored], expected[scored])
+    return float(max(gaps))
 
 
 def same(a, b, atol=1e-5):

@@ -15,7 +15,8 @@ import quantised
 import tiny
 import torch
 import transformers
-from checkpoint_cases import ALL, load, our_logits, quantised_case, read_config, trained
+from checkpoint_cases import ALL, fuse, load, our_logits, quantised_case, read_config, trained
+from families import pretrained
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -41,16 +42,17 @@ def torch_logits(model) -> np.ndarray:
         return model.eval()(torch.as_tensor(TOKENS)).logits.float().numpy()
 
 
-def pretrained(directory, dtype=torch.float32):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-
-
 def assert_same_model(got: np.ndarray, expected: np.ndarray, base: Path):
     assert np.abs(expected - torch_logits(pretrained(base))).max() > 0.1, "the adapter does too little to prove anything"
     np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.fixture(params=[*tiny.FAMILIES, pytest.param("qwen3_moe mixed", marks=pytest.mark.slow)])
+# The exports of dense models are loaded in tests/engine/test_stored_families.py by default.
+EXPERTS = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
+OTHERS = [*tiny.DENSE, "kimi_k2", "qwen3_moe mixed"]
+
+
+@pytest.fixture(params=[*EXPERTS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def base(request, checkpoint) -> Path:
     return checkpoint(request.param)
 
@@ -285,7 +287,7 @@ def test_tinkers_layout_names_the_unembedding_as_tinker_does(tmp_path, checkpoin
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt_oss"])
-def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint, family):
+def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint, family, record_property):
     cookbook = pytest.importorskip("tinker_cookbook.weights", reason="its dependencies do not resolve on the package index")
     base = checkpoint(family)
     path = trained(tmp_path / "home", base)
@@ -294,7 +296,10 @@ def test_the_cookbooks_tools_take_tinkers_layout(tmp_path, checkpoint, family):
     cookbook.build_hf_model(
         base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "hf"), dtype="float32"
     )
-    assert_same_model(torch_logits(pretrained(tmp_path / "hf")), expected, base)
+    built = torch_logits(pretrained(tmp_path / "hf"))
+    assert_same_model(built, expected, base)
+    record_property("family", family)
+    record_property("export Tinker's layout, tinker_cookbook", float(np.abs(built - expected).max()))
     cookbook.build_lora_adapter(base_model=str(base), adapter_path=str(tmp_path / "tinker"), output_path=str(tmp_path / "peft"))
     if family == "gpt_oss":  # PEFT refuses a pair for each expert here
         return
@@ -338,13 +343,6 @@ def test_the_peft_files_of_gpt_oss_have_the_experts_side_by_side(tmp_path, check
     assert shapes == {"lora_A": (24, 20), "base_layer.lora_A": (24, 32)}
 
 
-def fuse(family: str, directory: Path) -> Path:
-    """A checkpoint whose files have the experts of a layer in one tensor."""
-    tiny.save(family, directory)
-    tiny.model(family).save_pretrained(directory, save_original_format=False)
-    return directory
-
-
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_a_merged_model_of_fused_files_is_fused_and_the_same(tmp_path, checkpoint, family):
     base = fuse(family, tmp_path / "fused")
@@ -369,8 +367,7 @@ def test_a_quantised_base_model_merges_into_the_plain_model_that_its_bf16_twin_m
     for name in merged:
         assert merged[name].dtype == twin[name].dtype and torch.equal(merged[name], twin[name]), name
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-    if encoding != "int4":  # transformers does not know kimi_k2
-        pretrained(tmp_path / "merged")
+    pretrained(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("encoding", ["mxfp4", pytest.param("fp8", marks=pytest.mark.slow)])

@@ -55,10 +55,14 @@ def rewrite(directory, change):
     save_file(tensors, directory / SINGLE_FILE)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_family_lands_in_its_place(checkpoint, family):
-    directory = checkpoint(family)
-    assert_holds(load(directory), table_of(directory), load_file(directory / SINGLE_FILE))
+def test_every_family_lands_in_its_place(tmp_path, family, stored, record_property):
+    directory = tiny.save(family, tmp_path / "m", dtype=stored)
+    tensors = {name: tensor.float().numpy() for name, tensor in load_torch(directory / SINGLE_FILE).items()}
+    assert_holds(load(directory), table_of(directory), tensors)
+    record_property("family", family)
+    record_property("import", str(stored).removeprefix("torch."))
 
 
 def test_shards_hold_the_same_model_as_one_file(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""The configurations of the hub's models of experts: they are read, and describe models of the size in their names."""
+"""The configurations of the hub's models: they are read, and describe models of the size in their names."""
 
 import math
 
@@ -12,9 +12,11 @@ from tinker_jax.types.errors import BadRequestError
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_a_model_of_the_hub_has_the_number_of_parameters_in_its_name(name):
+def test_a_model_of_the_hub_has_the_number_of_parameters_in_its_name(name, record_property):
     config, parameters = HUB[name]
     assert sum(math.prod(w.full_shape) for w in weights(parse(config))) == pytest.approx(parameters, rel=0.01)
+    record_property("family", config["model_type"])
+    record_property("hub", name)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

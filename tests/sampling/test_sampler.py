@@ -39,18 +39,6 @@ def sampler():
 # -- parity ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_greedy_tokens_are_those_of_transformers_generate(family):
-    reference = model(family)[0]
-    sampler = shared() if family == "qwen3" else make(family)
-    prompts = [tokens_of(n) for n in (1, 2, 9, 15, 33, 63, 64, 65, 70, 127, 128, 200)]
-    for p in prompts:
-        (response,) = run(sampler, ask(p, temperature=0, max_tokens=24, stop=[], prompt_logprobs=True))
-        generated = reference.generate(torch.tensor([p]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert response.sequences[0].tokens == generated[0, len(p) :].tolist()
-        check(reference, p, response)
-
-
 def test_prompts_around_every_border_are_scored_and_continued_right_under_an_adapter(sampler):
     """Pages, chunks of the prefill, blocks of attention, the context."""
     lengths = [1, *BORDERS, CONTEXT - 1, CONTEXT]
