@@ -28,7 +28,7 @@ models-table: $(VENV)/.test
 	$(PY) -m pytest -m 'slow or not slow' -o junit_family=xunit1 --junitxml=out/models.xml \
 	  tests/models/test_families.py tests/models/test_decoder.py tests/models/test_hub_configs.py \
 	  tests/sampling/test_sampled_families.py tests/engine/test_stored_families.py \
-	  tests/checkpoints/test_hf_import.py::test_every_family_lands_in_its_place \
+	  tests/checkpoints/test_hf_import.py::test_every_family_lands_in_its_place tests/checkpoints/test_peft_import.py \
 	  tests/checkpoints/test_export.py::test_the_cookbooks_tools_take_tinkers_layout
 	$(PY) scripts/models_table.py out/models.xml
 

@@ -107,6 +107,7 @@ TABLES: dict[str, dict[str, tuple[str, Render]]] = {
     },
     "Files": {
         "read from safetensors": ("import", listed),
+        "PEFT adapters read": ("adapter import", listed),
         "a restored run goes on": ("resumed", listed),
     },
     "Exports of a trained adapter: log-probabilities": {

@@ -66,7 +66,7 @@ def per_expert() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_what_export_wrote_is_imported_bit_for_bit(tmp_path, checkpoint, family):
+def test_what_export_wrote_is_imported_bit_for_bit(tmp_path, checkpoint, family, record_property):
     base, home = checkpoint(family), tmp_path / "home"
     path = trained(home, base)
     record = Store(home).get(path)
@@ -81,9 +81,11 @@ def test_what_export_wrote_is_imported_bit_for_bit(tmp_path, checkpoint, family)
         True,
     ]
     assert read_meta(imported.directory)["lora_alpha"] == read_meta(record.directory)["lora_alpha"]
+    record_property("family", family)
+    record_property("adapter import", "of `export_peft`")
 
 
-def test_an_adapter_of_peft_computes_here_what_it_computes_there(tmp_path, checkpoint):
+def test_an_adapter_of_peft_computes_here_what_it_computes_there(tmp_path, checkpoint, record_property):
     """Scales, ranks and layers of all kinds, and a trained unembedding, whose base weights PEFT writes along with it."""
     base, home, tokens = checkpoint("llama"), tmp_path / "home", np.random.default_rng(0).integers(2, tiny.VOCAB, (2, 11))
     torch.manual_seed(0)
@@ -114,6 +116,8 @@ def test_an_adapter_of_peft_computes_here_what_it_computes_there(tmp_path, check
     assert ours["layers.k_proj.a"].any() and not ours["layers.k_proj.b"].any(), (
         "what the files lack is as a fresh adapter has it"
     )
+    record_property("family", "llama")
+    record_property("adapter import", "of `peft`")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,9 @@ def test_an_adapter_of_peft_computes_here_what_it_computes_there(tmp_path, check
         ("deepseek_v3", ["o_proj"], ["mlp.experts.down_proj", "shared_experts.up_proj.weight"]),
     ],
 )
-def test_experts_side_by_side_merge_into_what_peft_merges_them_into(tmp_path, checkpoint, family, modules, parameters):
+def test_experts_side_by_side_merge_into_what_peft_merges_them_into(
+    tmp_path, checkpoint, family, modules, parameters, record_property
+):
     base, home = checkpoint(family), tmp_path / "home"
     torch.manual_seed(0)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
@@ -141,6 +147,8 @@ def test_experts_side_by_side_merge_into_what_peft_merges_them_into(tmp_path, ch
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5, msg=name)
     changed = {name for name in ours if not torch.equal(ours[name], before[name])}
     assert any("experts" in name for name in changed) and any("o_proj" in name for name in changed)
+    record_property("family", family)
+    record_property("adapter import", "of `peft`, experts side by side")
 
 
 class Client:
@@ -178,7 +186,7 @@ def home(tmp_path) -> Path:
     return tmp_path / "home"
 
 
-def test_factors_of_each_expert_train_as_in_torch_and_are_written_again(tmp_path, base, home):
+def test_factors_of_each_expert_train_as_in_torch_and_are_written_again(tmp_path, base, home, record_property):
     tensors, tokens = per_expert(), np.random.default_rng(0).integers(2, tiny.VOCAB, 40).tolist()
     path = import_peft(write(tmp_path / "peft", tensors), home=home, base_model=str(base))
     assert read_meta(Store(home).get(path).directory)["meta"]["groups"] == ["attn", lora.PER_EXPERT]
@@ -226,6 +234,8 @@ def test_factors_of_each_expert_train_as_in_torch_and_are_written_again(tmp_path
 def export_shared(tmp_path: Path, base: Path) -> Path:
     """An adapter whose experts share factors."""
     return export_peft(trained(tmp_path / "other", base), tmp_path / "shared", home=tmp_path / "other")
+    record_property("family", "qwen3_moe")
+    record_property("adapter import", "factors of each expert")
 
 
 @pytest.mark.slow
