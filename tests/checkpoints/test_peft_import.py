@@ -229,13 +229,13 @@ def test_factors_of_each_expert_train_as_in_torch_and_are_written_again(tmp_path
             UnprocessableEntityError, match="holds rank 4 on attn, mlp, unembed, but this client trains rank 3 on"
         ):
             client.load_state(shared).result()
+    record_property("family", "qwen3_moe")
+    record_property("adapter import", "factors of each expert")
 
 
 def export_shared(tmp_path: Path, base: Path) -> Path:
     """An adapter whose experts share factors."""
     return export_peft(trained(tmp_path / "other", base), tmp_path / "shared", home=tmp_path / "other")
-    record_property("family", "qwen3_moe")
-    record_property("adapter import", "factors of each expert")
 
 
 @pytest.mark.slow
