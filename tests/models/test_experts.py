@@ -45,7 +45,7 @@ def train(cfg, axes, lora_config):
     [
         ({"expert": 8}, LoraConfig),
         ({"expert": 2, "fsdp": 2, "tensor": 2}, LoraConfig),
-        ({"data": 2, "tensor": 4}, LoraConfig),
+        pytest.param({"data": 2, "tensor": 4}, LoraConfig, marks=pytest.mark.slow),
         pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, PerExpertLora, marks=pytest.mark.slow),
     ],
 )

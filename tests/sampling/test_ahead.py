@@ -64,7 +64,14 @@ def requests():
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"pages": FEW}, {"deterministic": True}], ids=["roomy", "few pages", "deterministic"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="roomy", marks=pytest.mark.slow),  # few pages hold all of it, and sequences that wait
+        pytest.param({"pages": FEW}, id="few pages"),
+        pytest.param({"deterministic": True}, id="deterministic"),
+    ],
+)
 def test_results_are_those_without(settings):
     expected = finish(plain := shared(**settings), *[submit(plain, request) for request in requests()])
     sampler, futures = device_alone(**settings), []

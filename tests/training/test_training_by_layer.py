@@ -65,8 +65,14 @@ def close(ours, theirs, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, float(np.abs(b).max())))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling"])
+@pytest.mark.parametrize(
+    ("family", "loss_fn"),
+    [
+        *((family, "cross_entropy") for family in ("llama", "qwen2", "qwen3")),
+        ("llama", "importance_sampling"),
+        *(pytest.param(family, "importance_sampling", marks=pytest.mark.slow) for family in ("qwen2", "qwen3")),
+    ],
+)
 def test_gradients_log_probabilities_and_metrics_are_those_of_the_whole_model(family, loss_fn):
     cfg, layers, whole = models(family)
     call = call_of(cfg, (200, 90, 150, 60), loss_fn=loss_fn)
