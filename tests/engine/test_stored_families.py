@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tinker_jax import AdamParams, Datum, EngineConfig, ModelInput, SamplingParams, ServiceClient
 from tinker_jax.checkpoints import Store, export_merged, export_peft, export_tinker
 from tinker_jax.checkpoints.state import read_adapter
+from tinker_jax.lora import PER_EXPERT
 from tinker_jax.models.weights import lora_targets
 
 RANK = 3
@@ -81,7 +82,7 @@ def tinker_updates(cfg, directory):
         A, B = (tensors.pop(f"{name}.lora_{factor}.weight") for factor in "AB")
         return (config["lora_alpha"] / config["r"] * (B @ A)).numpy()
 
-    table = [w for target in lora_targets(cfg) for w in target.weights]
+    table = [w for target in lora_targets(cfg) if PER_EXPERT not in target.groups[:1] for w in target.weights]
     found = {w.name: np.stack([update(w, i) for i in w.layers]) if w.layers else update(w, 0) for w in table}
     assert not tensors
     return found
