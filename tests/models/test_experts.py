@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import tiny
 
 from tinker_jax import lora, memory, sharding
+from tinker_jax.models import experts
 from tinker_jax.models.weights import lora_targets, weights
 from tinker_jax.training.pending import complete
 from tinker_jax.training.trainer import PerExpertLora, Trainer
@@ -77,3 +80,45 @@ def test_a_layer_gathers_tokens_over_the_expert_axis_and_scatters_their_sums():
     # x, weights, ids and the adapter's z; what experts made, and z of down. One body for all layers.
     assert len(gathered) <= 5, gathered
     assert len(re.findall(r" (?:reduce-scatter|all-reduce)\(", text)) <= 6
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_rows_sorted_by_expert_as_on_accelerators_give_what_the_loop_over_experts_gives(family, monkeypatch):
+    """Forward and backward, under adapters of both forms at once, each token's numbers limited to its own."""
+    cfg, _ = tiny.base_params(family, tiny.model(family))
+    mlp: Any = next(stack.block.mlp for group in cfg.groups for stack in group)
+    M, R, rng = 40, 4, np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+
+    params = {w.name: draw(*w.shape) for w in mlp.weights()}
+    D, F, E = mlp.D, mlp.F, mlp.E
+    factors = {
+        "gate_up_experts": {"a": draw(D, R), "b": draw(2, E, R, F)},
+        "down_experts": {"a": draw(E, F, R), "b": draw(R, D)},
+        "gate_up_per_expert": {"a": draw(2, E, D, R), "b": draw(2, E, R, F)},
+        "down_per_expert": {"a": draw(E, F, R), "b": draw(E, R, D)},
+    }
+    x_MD, g_MD, slots_MR = draw(M, D), draw(M, D), jnp.asarray(rng.random((M, R)) < 0.5)
+    tokens: Any = SimpleNamespace(mesh=None, kept=False, real_M=jnp.arange(M) < 33)
+
+    def out(x_MD, factors):
+        return mlp(params, x_MD, tokens, factors)[0]
+
+    def step(x_MD, factors):
+        out_MD, pull = jax.vjp(out, x_MD, factors)
+        return out_MD, pull(g_MD)
+
+    def both_ways():
+        tokens.slots_MR = slots_MR
+        limited_MD = jax.jit(lambda *args: out(*args))(x_MD, factors)
+        tokens.slots_MR = None
+        return limited_MD, *jax.jit(lambda *args: step(*args))(x_MD, factors)
+
+    loop = both_ways()
+    monkeypatch.setattr(experts, "goes_over_experts", lambda mesh: False)
+    sorted_rows = both_ways()
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(sorted_rows), jax.tree.leaves(loop), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())), err_msg=str(path))
+    assert np.abs(loop[0] - loop[1]).max() > 0.1, "slots limit something"

@@ -219,9 +219,8 @@ class Experts:
 
     def _routed(self, mesh, one_size, own, x_MD, weights_MK, ids_MK, z_MR, slots_MR):
         """What the chosen experts of a device make [M, D], and what the `a` of down that goes with a shared `b` make [M, R]."""
-        E, (M, K), dtype = own["gate_experts.kernel"].shape[0], ids_MK.shape, x_MD.dtype
+        E, (M, K) = own["gate_experts.kernel"].shape[0], ids_MK.shape
         dispatch = by_expert(ids_MK, E)
-        own = {name: x.astype(dtype) if name.endswith("kernel") else x for name, x in own.items()}
         own |= {name: tuple(x) for name, x in own.items() if name.startswith("gate_up_")}
 
         def sorted_rows(x_MK: jax.Array) -> jax.Array:
@@ -244,7 +243,7 @@ class Experts:
             )
 
         def product(x_SD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
-            w = w.astype(dtype)
+            w = w.astype(x_SD.dtype)
             return grouped_matmul(x_SD, w, dispatch.sizes_E, transposed=frozen, frozen=frozen, mesh=mesh)
 
         expert_S = sorted_rows(ids_MK)
@@ -297,4 +296,5 @@ def _masked(z_MR: Any, slots_MR: jax.Array | None) -> jax.Array:
 
 def _product_of_block(x_CD: jax.Array, w: jax.Array, frozen: bool) -> jax.Array:
     """Of rows of one expert."""
-    return times_transposed(x_CD, w) if frozen else x_CD @ w.astype(x_CD.dtype)
+    w = w.astype(x_CD.dtype)
+    return times_transposed(x_CD, w) if frozen else x_CD @ w

@@ -1,8 +1,7 @@
 """A loop over experts that takes each one's tokens through its whole feed-forward layer: for CPUs.
 
 A block of tokens is gathered, passed through, and added to what its tokens have, all of it in the CPU's caches: no array holds
-all choices at the model's width. Nothing is
-kept for the backward pass but what the first half made.
+all choices at the model's width. The backward pass needs what the first half made, and no more.
 """
 
 from __future__ import annotations
